@@ -1,0 +1,1 @@
+"""Recipes that run, shipped as package data: `distill init NAME` copies one."""

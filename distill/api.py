@@ -1,0 +1,123 @@
+"""The verbs as typed functions, for notebooks and programs; the command line is a thin layer over these.
+
+A recipe is given as a `Recipe` or as the path of a file. Where and how fast a stage runs is given by keywords and is
+never part of its identity, so a run started here is found again by the command line and the other way round.
+"""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+from distill import pipeline, plan
+from distill.config import Recipe, load_recipe
+from distill.inspection import Filters, Shown, show
+from distill.pipeline import Outcome
+from distill.plan import Plan
+from distill.runs import RunOptions
+
+if TYPE_CHECKING:
+    from distill.export.verify import Check
+
+
+def _recipe(recipe: Recipe | Path | str) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+
+
+class Where(TypedDict, total=False):
+    """Where and how fast to run; the keywords of every verb."""
+
+    runs: Path | str
+    """Run store; `runs` by default."""
+    device: str
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+    threads: int
+    """CPU threads; 0 takes every core this process may use."""
+    quiet: bool
+    """No progress on stderr."""
+    require: bool
+    """Count a gate that could not run as failed."""
+
+
+def options(**where: Unpack[Where]) -> RunOptions:
+    """The same as the record that stages take."""
+    given = dict(where)
+    given["runs"] = Path(where.get("runs", "runs"))
+    return RunOptions(**given)  # type: ignore[arg-type]  # the keys and types are those of Where
+
+
+def make_plan(recipe: Recipe | Path | str, **where: Unpack[Where]) -> Plan:
+    """The stages of a recipe with their identities; runs nothing and writes nothing under runs/.
+
+    The keywords are those of `Where`. Raises RecipeError, DataError or ModelError if a root is missing.
+    """
+    return plan.make_plan(_recipe(recipe), options(**where))
+
+
+def run(recipe: Recipe | Path | str, until: str | None = None, **where: Unpack[Where]) -> Outcome:
+    """Run a recipe, resuming where it stopped; `until` names the last stage wanted (all of them by default).
+
+        outcome = distill.run("recipe.yaml", runs="runs", threads=2)
+        outcome.results["eval:student:heldout"].counts
+
+    The keywords are those of `Where`. Raises DistillError subclasses: nothing is written for bad input, GateError
+    comes after a failed gate, BudgetError when a budget was reached.
+    """
+    return pipeline.run_recipe(_recipe(recipe), options(**where), until)
+
+
+def generate(recipe: Recipe | Path | str, **where: Unpack[Where]) -> Outcome:
+    """Let the teacher answer the recipe's prompts; `outcome.results["generate"]` is the set of traces."""
+    return run(recipe, "generate", **where)
+
+
+def select(recipe: Recipe | Path | str, **where: Unpack[Where]) -> Outcome:
+    """Verify the traces and choose those that train; `outcome.results["select"]` is the training set."""
+    return run(recipe, "select", **where)
+
+
+def train(recipe: Recipe | Path | str, **where: Unpack[Where]) -> Outcome:
+    """Train the student through all its phases; the last of `train:0`, `train:1`, … is the model."""
+    return run(recipe, "train", **where)
+
+
+def evaluate(recipe: Recipe | Path | str, **where: Unpack[Where]) -> Outcome:
+    """Measure teacher, base and student on the recipe's sets: `outcome.results["eval:student:heldout"]` and so on."""
+    return run(recipe, "eval", **where)
+
+
+def export_model(recipe: Recipe | Path | str, **where: Unpack[Where]) -> Outcome:
+    """Make the ONNX artifact and hold it against the recipe's gates; `outcome.results["export"]` is the artifact."""
+    return run(recipe, "export", **where)
+
+
+def inspect(
+    target: Recipe | Path | str,
+    filters: Filters | None = None,
+    overrides: Sequence[str] = (),
+    runs: Path | str = "runs",
+) -> list[Shown]:
+    """Traces with their prompts, verdicts and flags, from a recipe, a pipeline, a stage folder or a `.jsonl` file."""
+    return show(target, filters or Filters(), overrides, Path(runs))
+
+
+def verify(artifact: Path | str, golden: bool = True) -> "list[Check]":
+    """Check a shipped artifact against its own manifest: hashes, gates, then golden prompts; one result a check.
+
+    Raises ArtifactError at the first file that is not what the manifest says. `golden=False` loads no model.
+    """
+    from distill.export.verify import verify_artifact
+
+    return verify_artifact(Path(artifact), golden)
+
+
+def write_report(recipe_or_run: Recipe | Path | str, out: Path | str | None = None, **where: Unpack[Where]) -> Path:
+    """Write one self-contained HTML report of a recipe, a pipeline or a stage run; returns its path."""
+    target = Path(recipe_or_run) if isinstance(recipe_or_run, str) else recipe_or_run
+    written = _late("distill.report", "write_report")(target, options(**where), Path(out) if out else None)
+    return Path(written)
+
+
+def _late(module: str, name: str) -> Any:
+    """A function of a module that needs optional packages, imported when it is called."""
+    return getattr(importlib.import_module(module), name)

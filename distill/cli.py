@@ -1,0 +1,402 @@
+"""The `distill` command: a thin layer over `distill.api`; results become text or JSON, errors exit codes.
+
+stdout holds the result, stderr the log and the progress. Exit codes: 0 done, 2 the user's error, 3 a gate, a budget or
+a failed check, 130 and 143 after SIGINT and SIGTERM. Everything heavy is imported inside the verbs: `--help` loads
+neither torch nor any other library of a stage.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from distill import __version__
+from distill.errors import DistillError, Interrupted, RecipeError, storage_errors
+from distill.interrupts import interruptible
+
+if TYPE_CHECKING:
+    from distill.forecast import Row
+    from distill.pipeline import Outcome
+    from distill.plan import Plan
+
+app = typer.Typer(
+    name="distill",
+    help="Turn a large reasoning model into a small, cheap and proven one.",
+    epilog="Grammar: distill VERB RECIPE.yaml section.key=value … Exit codes: 0 done, 2 your error, 3 a gate, budget or"
+    " check failed, 130 interrupted.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+STAGE_VERBS = {
+    "generate": ("generate", "Let the teacher answer the prompts: verified reasoning traces, no answer bought twice."),
+    "select": ("select", "Verify the traces and choose those that train; every drop is counted and explained."),
+    "train": ("train", "Train the student on the selected traces, resuming from its last checkpoint."),
+    "eval": ("eval", "Measure teacher, base and student on the recipe's sets, with intervals."),
+    "export": ("export", "Make the ONNX artifact and hold each variant against the recipe's gates."),
+    "run": (None, "Run all of the recipe's stages, resuming where it stopped."),
+}
+"""Verbs that run a recipe up to a stage (None: all of it)."""
+
+RESERVED = ("score", "check", "sweep", "compare", "bench", "chat", "serve", "runs", "gc", "merge")
+"""Verbs that later versions will have; refused by name so that no script comes to rely on them."""
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="section.key=value",
+        help="Values that replace the recipe's; lists take an index: student.phases.0.lr=1e-5.",
+        show_default=False,
+    ),
+]
+RunsFolder = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Run store.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; run nothing and write nothing.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.")]
+Threads = Annotated[int, typer.Option("--threads", metavar="N", min=0, help="CPU threads; 0 takes every core.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Require = Annotated[bool, typer.Option("--require", help="Count a gate that could not run as failed.")]
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+def guarded(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb with signals handled and errors turned into one line on stderr and an exit code.
+
+    Anything that is not a DistillError is a bug and keeps its traceback.
+    """
+
+    @functools.wraps(verb)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            with interruptible():
+                verb(*args, **kwargs)
+        except Interrupted as stop:
+            _complain(str(stop))
+            raise typer.Exit(stop.exit_code) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except DistillError as error:
+            _complain(f"error: {error}")
+            raise typer.Exit(error.exit_code) from None
+
+    return run
+
+
+def _complain(text: str) -> None:
+    print(" ".join(text.split()), file=sys.stderr, flush=True)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"distill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# --- init -----------------------------------------------------------------------------------------------------------
+
+
+@app.command("init")
+@guarded
+def init(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Which recipe; without it they are listed.")
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="FILE", help="File to write; NAME.yaml by default.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one of the shipped recipes to start from; without a name, list them."""
+    shipped = _shipped_recipes()
+    if name is None:
+        _list_shipped(shipped, as_json)
+        return
+    key = name.removesuffix(".yaml")
+    if key not in shipped:
+        raise RecipeError(
+            f"no shipped recipe is called {name!r}{_nearest(key, shipped)}; choose one of {', '.join(shipped)}"
+        )
+    path = to or Path(f"{key}.yaml")
+    with storage_errors(f"cannot write {path}"):
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(shipped[key])
+        except FileExistsError:
+            raise RecipeError(
+                f"{path}: exists already and is not overwritten; name another file with --to FILE"
+            ) from None
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise RecipeError(
+                f"{path}: cannot be written there: no such folder; make it, or name another --to FILE"
+            ) from None
+    if as_json:
+        _print_json({"recipe": key, "path": str(path)})
+    else:
+        print(f"{path}: written; look at its plan with: distill run {path} --dry-run")
+
+
+def _shipped_recipes() -> dict[str, str]:
+    """Text of every recipe in the package, by name."""
+    from importlib.resources import files
+
+    found = sorted((f for f in files("distill.configs").iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in found}
+
+
+def _list_shipped(shipped: Mapping[str, str], as_json: bool) -> None:
+    firsts = {name: text.partition("\n")[0].lstrip("# ") for name, text in shipped.items()}
+    if as_json:
+        _print_json(firsts)
+    else:
+        _print_table(["recipe", "what it does"], [[name, first] for name, first in firsts.items()])
+
+
+def _nearest(name: str, names: Mapping[str, str]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, names, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+# --- verbs that run stages ------------------------------------------------------------------------------------------
+
+
+def _stage_command(stage: str | None) -> Callable[..., None]:
+    """The command that runs a recipe up to `stage`."""
+
+    def command(
+        recipe: RecipePath,
+        overrides: Overrides = None,
+        runs: RunsFolder = Path("runs"),
+        dry_run: DryRun = False,
+        as_json: AsJson = False,
+        device: Device = "auto",
+        threads: Threads = 0,
+        quiet: Quiet = False,
+        require: Require = False,
+    ) -> None:
+        from distill import api
+        from distill.config import load_recipe
+
+        loaded = load_recipe(recipe, overrides or ())
+        where: api.Where = {
+            "runs": runs, "device": device, "threads": threads, "quiet": quiet, "require": require,
+        }  # fmt: skip
+        if dry_run:
+            _print_plan(api.make_plan(loaded, **where), stage, as_json)
+        else:
+            _print_outcome(api.run(loaded, stage, **where), stage, as_json)
+
+    return command
+
+
+for _verb, (_stage, _help) in STAGE_VERBS.items():
+    app.command(_verb, help=_help)(guarded(_stage_command(_stage)))
+
+
+def _print_plan(plan: "Plan", stage: str | None, as_json: bool) -> None:
+    from distill.forecast import forecast, plan_json
+
+    wanted = {step.label for step in plan.until(stage)} if stage else set(plan.steps)
+    rows = [row for row in forecast(plan) if row.label in wanted]
+    if as_json:
+        _print_json(plan_json(plan, rows))
+        return
+    print(f"{plan.recipe.name}: {len(rows)} stages, pipeline {plan.identity}")
+    _print_table(["stage", "identity", "state", "tokens at most", "why"], [_cells(row) for row in rows])
+    for what in dict.fromkeys(what for row in rows for what in row.unresolved):
+        name, _, revision = what.rpartition("@unresolved:")
+        print(f"unresolved: {name or what} at {revision}: no hub answers; the commit, once known, changes identities")
+
+
+def _cells(row: "Row") -> list[str]:
+    tokens = "?" if row.tokens is None else f"{row.tokens:,}" if row.tokens else "-"
+    return [row.label, row.identity, row.state, tokens, row.why]
+
+
+def _print_table(titles: list[str], rows: list[list[str]]) -> None:
+    """A table without colours or lines, so that it reads the same in a pipe."""
+    widths = [max(len(row[column]) for row in [titles, *rows]) for column in range(len(titles))]
+    for row in [titles, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def _print_outcome(outcome: "Outcome", stage: str | None, as_json: bool) -> None:
+    from distill.api import options
+    from distill.plan import pipeline_file
+
+    stages = {
+        label: {
+            "folder": str(sealed.folder),
+            "ran_now": label in outcome.executed,
+            "digest": sealed.digest,
+            "seconds": sealed.seconds,
+            "counts": sealed.counts,
+        }
+        for label, sealed in outcome.results.items()
+    }
+    if as_json:
+        runs = next(iter(outcome.plan.steps.values())).runs if outcome.plan.steps else options().runs
+        record = pipeline_file(outcome.plan, runs)
+        _print_json({"name": outcome.plan.recipe.name, "pipeline": str(record), "stages": stages})
+        return
+    rows = [
+        [label, "ran" if made["ran_now"] else "cached", f"{made['seconds']:,.1f} s", _counts(made["counts"])]
+        for label, made in stages.items()
+    ]
+    _print_table(["stage", "", "time", "counts"], rows)
+
+
+def _counts(counts: Any, most: int = 6) -> str:
+    """The first plain numbers of a stage's counts."""
+    plain = {k: v for k, v in counts.items() if isinstance(v, int | float | str)}
+    return ", ".join(
+        f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value:,}" if isinstance(value, int)
+        else f"{key} {value}"
+        for key, value in list(plain.items())[:most]
+    )  # fmt: skip
+
+
+# --- verbs that read what is there ----------------------------------------------------------------------------------
+
+
+@app.command("report")
+@guarded
+def report(
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="A recipe, a pipeline (runs/pipelines/*.json) or a stage folder."),
+    ],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Where to write the HTML file.")] = None,
+    runs: RunsFolder = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Write one self-contained HTML report: traces, loss, accuracy with intervals, size, speed, examples."""
+    from distill import api
+    from distill.config import load_recipe
+
+    is_recipe = target.suffix in (".yaml", ".yml")
+    if overrides and not is_recipe:
+        raise RecipeError(f"{overrides[0]!r}: overrides go with a recipe; {target} is what a run left")
+    path = api.write_report(load_recipe(target, overrides or ()) if is_recipe else target, out, runs=runs)
+    if as_json:
+        _print_json({"report": str(path)})
+    else:
+        print(path)
+
+
+@app.command("inspect")
+@guarded
+def inspect(
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|TRACES", help="A recipe, a pipeline, a stage folder or a .jsonl file of traces."),
+    ],
+    overrides: Overrides = None,
+    wrong: Annotated[bool, typer.Option("--wrong", help="Only answers judged wrong.")] = False,
+    correct: Annotated[bool, typer.Option("--correct", help="Only answers judged correct.")] = False,
+    truncated: Annotated[bool, typer.Option("--truncated", help="Only texts that were cut.")] = False,
+    failed: Annotated[bool, typer.Option("--failed", help="Only requests that got no answer.")] = False,
+    key: Annotated[str | None, typer.Option("--key", metavar="ID", help="Start of a prompt or trace id.")] = None,
+    stage: Annotated[
+        str | None, typer.Option("--stage", metavar="LABEL", help="Stage to show: select, eval:student:heldout, …")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", metavar="N", min=0, help="Show at most N; 0 shows all.")] = 10,
+    full: Annotated[bool, typer.Option("--full", help="Show long texts whole.")] = False,
+    runs: RunsFolder = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Show traces readably: prompt, reasoning, answer, verdict, flags."""
+    from distill import api
+    from distill.inspection import Filters, as_text
+
+    filters = Filters(wrong, correct, truncated, failed, key, limit or None, stage)
+    shown = api.inspect(target, filters, overrides or (), runs)
+    if as_json:
+        _print_json([one.to_json() for one in shown])
+        return
+    for number, one in enumerate(shown, 1):
+        print(as_text(one, number, whole=full))
+    print(f"{len(shown)} shown" + ("; --limit N shows more" if limit and len(shown) == limit else ""), file=sys.stderr)
+
+
+@app.command("verify")
+@guarded
+def verify(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of an exported artifact.")],
+    no_golden: Annotated[bool, typer.Option("--no-golden", help="Check the files only; load no model.")] = False,
+    require: Annotated[bool, typer.Option("--require", help="Count a check that could not run as failed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a shipped artifact against its own manifest: hashes of every file, gates, golden prompts."""
+    from distill import api
+    from distill.export.verify import refuse_failed
+
+    checks = api.verify(artifact, golden=not no_golden)
+    if as_json:
+        _print_json([check._asdict() for check in checks])
+    else:
+        _print_table(["check", "result", "detail"], [[check.name, check.status, check.detail] for check in checks])
+    refuse_failed(checks, require)
+
+
+@app.command("doctor")
+@guarded
+def doctor(
+    runs: RunsFolder = Path("runs"),
+    device: Device = "auto",
+    threads: Threads = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Say what this installation can do: versions, devices, attention, missing extras, hub state, disk space."""
+    from distill.doctor import as_text, examine
+    from distill.runs import RunOptions
+
+    found = examine(RunOptions(runs, device, threads))
+    if as_json:
+        _print_json(found)
+    else:
+        print(as_text(found))
+
+
+def _reserved_command(verb: str) -> Callable[..., None]:
+    """A hidden command that says its name is taken."""
+
+    def command(context: typer.Context) -> None:
+        raise RecipeError(f"distill {verb} is reserved for a later version and not there yet; see distill --help")
+
+    return command
+
+
+for _verb in RESERVED:
+    app.command(
+        _verb, hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+    )(guarded(_reserved_command(_verb)))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,673 @@
+"""The recipe: one YAML file that describes one experiment, as frozen, typed, documented sections.
+
+Every section is optional and every option is a typed field: unknown keys are refused with the nearest valid one.
+Each field is either part of a stage's identity or marked `unhashed` (where it runs, what it may cost, what it is
+called). `load_recipe` reads a file with its overrides; `hashed_fields` is what identities are made of.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from distill.errors import RecipeError
+
+VERIFIERS = ("number", "math", "exact", "reasoning_gym")
+GOLD_RULES = ("as_is", "after_hashes", "boxed", "last_number")
+ENGINE_NAMES = ("openai", "transformers", "onnx", "solver", "recorded")
+VARIANTS = ("fp32", "int8", "int4")
+
+GoldRule = Literal["as_is", "after_hashes", "boxed", "last_number"]
+EngineName = Literal["openai", "transformers", "onnx", "solver", "recorded"]
+Variant = Literal["fp32", "int8", "int4"]
+Scalar = str | int | float | bool | None
+
+
+def unhashed(default: Any = ..., **constraints: Any) -> Any:
+    """A field that never enters an identity: it says where, how fast or at what price, not what."""
+    return Field(default, json_schema_extra={"hashed": False}, **constraints)
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+# --- prompts --------------------------------------------------------------------------------------------------------
+
+
+class ReasoningGymSource(Section):
+    """Problems made by a task of the reasoning-gym package."""
+
+    task: str
+    """Name of the task, such as `chain_sum`."""
+    size: int = Field(gt=0)
+    """How many problems to draw; duplicates after normalisation are dropped and counted."""
+    seed: int = 0
+    """Seed of the task's own generator."""
+    params: dict[str, Scalar | list[Scalar]] = Field(default_factory=dict)
+    """Parameters of the task, checked against the task's own configuration class."""
+
+
+class HubSource(Section):
+    """A data set of the Hugging Face hub (or a local `datasets` folder)."""
+
+    id: str
+    """Data set id, such as `openai/gsm8k`, or a local path that `datasets.load_dataset` takes."""
+    config: str | None = None
+    """Configuration name, such as `main`."""
+    split: str = "train"
+    """Split to read."""
+    revision: str = "main"
+    """Commit, tag or branch; the resolved commit enters the identity."""
+
+
+class FileVerifier(Section):
+    """A verifier of your own: a Python file with a function `verify(prompt, trace) -> Verdict`."""
+
+    file: Path
+    """The file; its content hash is the verifier's version."""
+    timeout_s: float = unhashed(10.0, gt=0)
+    """Longest time one verdict may take before it counts as `timeout`."""
+
+
+class PromptSource(Section):
+    """One source of prompts: exactly one of `reasoning_gym`, `file`, `hub`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Name used in records, reports and evaluation sets."""
+    reasoning_gym: ReasoningGymSource | None = None
+    """Generated problems."""
+    file: Path | None = None
+    """A `.jsonl`, `.json`, `.csv` or `.parquet` file of rows."""
+    hub: HubSource | None = None
+    """A data set of the hub."""
+    template: str = "{question}"
+    """Text of the user turn; `{column}` takes a column of the row, `{instruction}` the field below."""
+    instruction: str = ""
+    """Text for `{instruction}` in the template."""
+    question_column: str = "question"
+    """Column that holds the bare problem."""
+    gold_column: str | None = "answer"
+    """Column that holds the reference answer; null where there is none."""
+    gold: GoldRule = "as_is"
+    """How the reference answer is taken from its column: `after_hashes` reads GSM8K's `#### 72`."""
+    verifier: str | FileVerifier = "number"
+    """A built-in verifier, the name of an installed one (entry point group `distill.verifiers`), or `{file: ...}`."""
+    licence: str | None = None
+    """Licence of the source, carried into every record."""
+    limit: int | None = Field(default=None, gt=0)
+    """Take only the first rows."""
+    weight: float | None = Field(default=None, gt=0)
+    """Relative share in the mixture; sources with weights are subsampled to these shares. Null takes every prompt."""
+    heldout: int = Field(default=0, ge=0)
+    """How many prompts to set aside for the evaluation set `heldout`; they never reach a teacher or a student."""
+    split_by: Literal["prompt", "numbers"] = "prompt"
+    """What must not be on both sides of the split: the prompt itself, or any prompt with the same set of numbers."""
+    split_seed: int = 0
+    """Seed of the split and of subsampling."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        given = [kind for kind in ("reasoning_gym", "file", "hub") if getattr(self, kind) is not None]
+        if len(given) != 1:
+            what = ", ".join(given) or "none"
+            raise ValueError(f"a prompt source takes exactly one of reasoning_gym, file, hub (given: {what})")
+        return self
+
+
+# --- teacher --------------------------------------------------------------------------------------------------------
+
+
+class Sampling(Section):
+    """How text is drawn from a model."""
+
+    n: int = Field(default=1, gt=0)
+    """Samples a prompt."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0 is greedy. DeepSeek advises 0.6 for R1."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling; 1 keeps every token."""
+    max_new_tokens: int = Field(default=2048, gt=0)
+    """Limit of generated tokens, reasoning included."""
+    seed: int = 0
+    """Seed; sample i of a prompt uses a seed derived from it, the prompt and i."""
+
+
+class RecordedTraces(Section):
+    """Existing traces and the columns they lie in."""
+
+    files: list[Path] = Field(default_factory=list)
+    """`.jsonl`, `.json` or `.parquet` files, read in order."""
+    hub: HubSource | None = None
+    """A data set of the hub, instead of files."""
+    question_column: str = "question"
+    """Column that is matched with the prompt's own question."""
+    response_column: str | None = "response"
+    """Column with the whole answer, reasoning included, in any dialect."""
+    reasoning_column: str | None = None
+    """Column with the reasoning alone; then `response_column` holds the answer."""
+    records_path: str | None = None
+    """Key of the list of rows in a `.json` document that is an object, such as `results`."""
+    strip_prompt: bool = False
+    """The response column repeats the prompt before the reasoning: drop what precedes the opening marker."""
+
+
+class Prices(Section):
+    """What a teacher charges."""
+
+    input_usd_per_mtok: float = Field(ge=0)
+    """Dollars for a million input tokens."""
+    output_usd_per_mtok: float = Field(ge=0)
+    """Dollars for a million output tokens, reasoning included."""
+
+
+class Budget(Section):
+    """Limits at which generation stops cleanly (exit 3); raising them continues."""
+
+    usd: float | None = unhashed(None, gt=0)
+    """Dollars, by `prices`."""
+    output_tokens: int | None = unhashed(None, gt=0)
+    """Generated tokens."""
+    hours: float | None = unhashed(None, gt=0)
+    """Wall time of this process."""
+
+
+class Endpoint(Section):
+    """An OpenAI-compatible server."""
+
+    base_url: str = unhashed("https://api.openai.com/v1")
+    """Address up to and including `/v1`."""
+    api_key_env: str = unhashed("OPENAI_API_KEY")
+    """Name of the environment variable that holds the key; the key itself is never written anywhere."""
+    concurrency: int = unhashed(16, gt=0)
+    """Requests in flight at once."""
+    timeout_s: float = unhashed(600.0, gt=0)
+    """Longest time without an answer before a request is tried again."""
+    max_retries: int = unhashed(6, ge=0)
+    """Tries after the first for 429, 5xx, time-outs and connection resets."""
+
+
+class TeacherConfig(Section):
+    """Who writes the reasoning traces."""
+
+    engine: EngineName
+    """`openai`, `transformers`, `onnx`, `solver` (built-in worked solutions) or `recorded` (existing traces)."""
+    model: str = ""
+    """Model id as the engine knows it: a served name, a hub id, a folder or a GGUF file."""
+    revision: str | None = None
+    """Commit of the model where the engine takes one."""
+    licence: str | None = unhashed(None)
+    """Licence of the teacher's output, carried into every trace and card."""
+    system: str | None = None
+    """System prompt; null sends none, as DeepSeek advises for R1."""
+    sampling: Sampling = Sampling()
+    """How answers are drawn."""
+    recorded: RecordedTraces | None = None
+    """Where existing traces lie, for `engine: recorded`."""
+    endpoint: Endpoint = unhashed(Endpoint())
+    """The server, for `engine: openai`."""
+    prices: Prices | None = unhashed(None)
+    """What the teacher charges, for budgets and reports."""
+    budget: Budget = unhashed(Budget())
+    """When to stop."""
+    batch_size: int = Field(default=16, gt=0)
+    """Prompts generated together by local engines; part of the identity, since padding changes low bits."""
+
+    @model_validator(mode="after")
+    def _has_what_its_engine_needs(self) -> Self:
+        if self.engine == "recorded" and (
+            self.recorded is None or bool(self.recorded.files) == (self.recorded.hub is not None)
+        ):
+            raise ValueError("engine: recorded takes recorded.files or recorded.hub, one of the two")
+        if self.engine in ("openai", "transformers", "onnx") and not self.model:
+            raise ValueError(f"engine: {self.engine} takes a model")
+        if self.budget.usd is not None and self.prices is None:
+            raise ValueError("budget.usd takes prices: what the teacher charges cannot be guessed")
+        return self
+
+
+# --- select, format -------------------------------------------------------------------------------------------------
+
+
+class Select(Section):
+    """Which traces train; everything else is kept and counted."""
+
+    outcomes: list[Literal["correct", "wrong", "unverifiable", "timeout", "error"]] = ["correct"]
+    """Verdicts that may train."""
+    reasoning: Literal["required", "optional", "none"] = "required"
+    """`required`: closed, non-empty reasoning. `optional`: closed or absent. `none`: reasoning is dropped."""
+    per_prompt: Literal["all", "first", "shortest"] = "first"
+    """Which of a prompt's remaining traces to keep."""
+    max_chars: int | None = Field(default=None, gt=0)
+    """Longest reasoning plus answer, in characters."""
+    limit: int | None = Field(default=None, gt=0)
+    """Keep only so many examples, in prompt order."""
+
+
+class FormatConfig(Section):
+    """How prompts and traces become text: the same at training, evaluation and deployment."""
+
+    template: str = "keep"
+    """`keep` uses the tokenizer's own chat template, `r1` a plain one that opens the reasoning, else a Jinja file."""
+    system: str | None = None
+    """System prompt for the student; null leaves it to the template."""
+    open_marker: str = "<think>"
+    """Text that opens the reasoning."""
+    close_marker: str = "</think>"
+    """Text that closes the reasoning."""
+    max_tokens: int = Field(default=4096, gt=0)
+    """Longest training document in tokens; longer ones are dropped and counted, never cut."""
+
+
+# --- student --------------------------------------------------------------------------------------------------------
+
+
+class SftPhase(Section):
+    """Supervised fine-tuning on the selected traces."""
+
+    kind: Literal["sft"]
+    """Cross-entropy on reasoning, answer and end token."""
+    lr: float = Field(default=1e-5, gt=0)
+    """Peak learning rate."""
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the examples; a fraction takes that share of the last pass."""
+    max_steps: int | None = Field(default=None, gt=0)
+    """Stop after so many optimizer steps."""
+    step_tokens: int = Field(default=16384, gt=0)
+    """Tokens (prompts included) an optimizer step."""
+    micro_batch_tokens: int = Field(default=4096, gt=0)
+    """Tokens a forward pass: documents are packed up to this many and never see one another."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning-rate schedule after the warm-up."""
+    warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the steps in which the rate rises from 0."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Rate at the end as a share of the peak, for cosine and linear."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled decay, on matrices only."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's first-moment decay."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """AdamW's second-moment decay."""
+    grad_clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient."""
+    seed: int = 0
+    """Seed of the order of examples."""
+    gradient_checkpointing: bool = unhashed(False)
+    """Recompute activations in the backward pass to save memory."""
+    checkpoint_every_steps: int = unhashed(50, gt=0)
+    """Steps between checkpoints from which a killed run goes on."""
+
+
+def _phase_kind(value: Any) -> str | None:
+    return value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+
+
+Phase = Annotated[Annotated[SftPhase, Tag("sft")], Discriminator(_phase_kind)]
+
+
+class StudentConfig(Section):
+    """The model that learns."""
+
+    init: str
+    """A hub id, a folder, a `.gguf` file, or `package:NAME/FILE.gguf` for one that a Python package ships."""
+    revision: str = "main"
+    """Commit, tag or branch of a hub id; the resolved commit enters the identity."""
+    licence: str | None = unhashed(None)
+    """Licence of the base, carried into the artifact's manifest and card."""
+    phases: list[Phase] = []
+    """Training phases, each starting from the one before; none evaluates and exports the model as it is."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Compute precision; master weights and optimizer state are always fp32."""
+    attention: Literal["auto", "per_document", "flash_attention_2"] = unhashed("auto")
+    """Attention for packed documents: flash-attention on CUDA, our per-document SDPA elsewhere."""
+
+
+# --- evaluate, export -----------------------------------------------------------------------------------------------
+
+
+class EvalSet(Section):
+    """A named evaluation set: the held-out prompts, or a source of its own."""
+
+    source: PromptSource | None = None
+    """Prompts of this set; null takes the held-out prompts of the recipe."""
+    limit: int | None = Field(default=None, gt=0)
+    """Evaluate only the first problems."""
+
+
+class Evaluate(Section):
+    """Verified accuracy of teacher, base, student and artifact on named sets."""
+
+    sets: dict[str, EvalSet] = {"heldout": EvalSet()}
+    """Sets by name; none of their prompts ever trains."""
+    models: list[Literal["teacher", "base", "student"]] = ["teacher", "base", "student"]
+    """Which models to evaluate beside the exported variants."""
+    sampling: Sampling = Sampling(max_new_tokens=1024)
+    """Greedy by default; n above 1 needs a temperature."""
+    batch_size: int = Field(default=64, gt=0)
+    """Prompts generated together."""
+    token_budgets: list[int] = unhashed([32, 64, 128, 256, 512, 1024, 2048, 4096])
+    """Budgets at which accuracy is reported as if generation had stopped there."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Self:
+        if self.sampling.n > 1 and self.sampling.temperature == 0:
+            raise ValueError("sampling.n above 1 takes a temperature above 0: greedy samples are all the same")
+        return self
+
+
+class Gates(Section):
+    """Limits an exported variant must keep; a failed one stops the run with exit 3."""
+
+    parity_tokens: int = Field(default=2048, gt=0)
+    """Held-out tokens on which logits are compared with the torch student."""
+    greedy_prompts: int = Field(default=16, gt=0)
+    """Prompts whose greedy continuation in fp32 must equal torch's."""
+    greedy_tokens: int = Field(default=32, gt=0)
+    """New tokens compared for each of them."""
+    max_kl: dict[Variant, float] = {"fp32": 1e-4, "int8": 0.02, "int4": 0.1}
+    """Largest mean KL(torch || variant) in nats a token."""
+    min_top1: dict[Variant, float] = {"fp32": 0.999, "int8": 0.97, "int4": 0.90}
+    """Smallest share of positions where both prefer the same token."""
+    max_accuracy_drop: float = Field(default=0.05, ge=0)
+    """The task gate fails when accuracy surely falls by more than this: lower 95% bound of the paired drop."""
+
+
+class ExportConfig(Section):
+    """Conversion of the student to ONNX, its gates and its packaging."""
+
+    variants: list[Variant] = Field(default=["fp32", "int8", "int4"], min_length=1)
+    """Graphs to make."""
+    model: str | None = None
+    """Checkpoint to export where the recipe trains none: a folder or hub id."""
+    set: str = "heldout"
+    """Evaluation set of the task gate."""
+    gates: Gates = Gates()
+    """Limits."""
+    golden_prompts: int = Field(default=4, ge=0)
+    """Prompts kept in the artifact with their expected tokens, for `distill verify`."""
+
+
+class Recipe(Section):
+    """One experiment. Every section is optional."""
+
+    name: str = unhashed("recipe", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Name of runs and reports; the file's stem where it is not given."""
+    prompts: list[PromptSource] = []
+    """Where the problems come from."""
+    teacher: TeacherConfig | None = None
+    """Who answers them."""
+    select: Select = Select()
+    """Which answers train."""
+    format: FormatConfig = FormatConfig()
+    """How they become text."""
+    student: StudentConfig | None = None
+    """Who learns."""
+    evaluate: Evaluate | None = None
+    """What is measured."""
+    export: ExportConfig | None = None
+    """What ships."""
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> Self:
+        names = [source.name for source in self.prompts]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"prompts: two sources are called {twice.pop()!r}; names must differ")
+        if self.teacher and not self.prompts:
+            raise ValueError("teacher: there is nothing to answer; add prompts")
+        if self.student and self.student.phases and not self.teacher:
+            raise ValueError("student.phases: there is nothing to train on; add prompts and a teacher")
+        if self.evaluate:
+            self._evaluation_has_prompts(self.evaluate)
+        if self.export and not self.student and not self.export.model:
+            raise ValueError("export: there is no model to export; add student or export.model")
+        return self
+
+    def _evaluation_has_prompts(self, evaluate: Evaluate) -> None:
+        heldout = sum(source.heldout for source in self.prompts)
+        for name, chosen in evaluate.sets.items():
+            if chosen.source is None and heldout == 0:
+                raise ValueError(f"evaluate.sets.{name}: no prompts are held out; set prompts.0.heldout or a source")
+        if self.export and self.export.set not in evaluate.sets:
+            raise ValueError(f"export.set is {self.export.set!r}; choose one of {', '.join(evaluate.sets)}")
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 that refuses duplicate keys and reads `1e-4` as a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?|\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
+
+Keys = tuple[str | int, ...]
+
+
+class Located(NamedTuple):
+    """Plain values of a YAML document and the line (from 1) of every key in it."""
+
+    value: Any
+    lines: dict[Keys, int]
+
+
+def parse_yaml(text: str, where: str) -> Located:
+    """Read one YAML document.
+
+    Raises RecipeError with file and line for broken YAML and for duplicate keys.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        lines: dict[Keys, int] = {}
+        if node is not None:
+            _check_node(node, (), lines, where)
+        return Located(loader.construct_document(node) if node is not None else {}, lines)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"{where}:{line}: not valid YAML: {error.problem}") from error
+    finally:
+        loader.dispose()
+
+
+def _check_node(node: yaml.Node, path: Keys, lines: dict[Keys, int], where: str) -> None:
+    """Record where each key stands and refuse one that stands twice."""
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.SequenceNode):
+        for index, child in enumerate(node.value):
+            _check_node(child, (*path, index), lines, where)
+    if isinstance(node, yaml.MappingNode):
+        for key, child in node.value:
+            at, line = (*path, key.value), key.start_mark.line + 1
+            if at in lines:
+                raise RecipeError(
+                    f"{where}:{line}: {key.value!r} is given twice (first on line {lines[at]}); keep one of the two"
+                )
+            lines[at] = line
+            _check_node(child, at, lines, where)
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `section.key=value` overrides (default < file < override).
+
+    Relative paths in the recipe are taken from the recipe's folder. Raises RecipeError naming file, line, key, value,
+    what is allowed and the nearest valid key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(
+            f"{path}: no such recipe; `distill init NAME` writes one of the shipped recipes to start from"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    located = parse_yaml(text, str(path))
+    if not isinstance(located.value, dict):
+        raise RecipeError(f"{path}:1: a recipe is a mapping of sections; given: {type(located.value).__name__}")
+    values = {"name": path.stem, **located.value}
+    for override in overrides:
+        apply_override(values, override)
+    resolved: Recipe = _resolve_paths(validate(Recipe, values, str(path), located.lines), path.parent)
+    return resolved
+
+
+def recipe_from(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain values, as a notebook would write it; same checks and messages as a file."""
+    return validate(Recipe, values, "recipe", {})
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value` in place; lists take an index (`student.phases.0.lr=1e-5`)."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"override {override!r}: write it as section.key=value")
+    *parents, last = key.split(".")
+    target: Any = values
+    for depth, part in enumerate(parents):
+        target = _descend(target, part, ".".join(parents[: depth + 1]), override)
+    value = parse_yaml(text, f"override {override!r}").value if text else None
+    if isinstance(target, list):
+        target[_index(target, last, override)] = value
+    else:
+        target[last] = value
+
+
+def _descend(target: Any, part: str, so_far: str, override: str) -> Any:
+    if isinstance(target, list):
+        return target[_index(target, part, override)]
+    if target.get(part) is None:
+        target[part] = {}
+    child = target[part]
+    if not isinstance(child, dict | list):
+        raise RecipeError(f"override {override!r}: {so_far} is {child!r}, not a section")
+    return child
+
+
+def _index(target: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(target):
+        raise RecipeError(f"override {override!r}: {part!r} is not an index of a list of {len(target)}")
+    return int(part)
+
+
+def validate(kind: type[SectionT], values: Any, where: str, lines: Mapping[Keys, int]) -> SectionT:
+    """Check plain values against a section; the first problem becomes a one-line RecipeError."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        at = tuple(part for part in problem["loc"] if part != "sft")
+        line = next((lines[at[:size]] for size in range(len(at), -1, -1) if at[:size] in lines), None)
+        place = f"{where}:{line}" if line else where
+        raise RecipeError(f"{place}: {_explain(kind, at, problem)}") from error
+
+
+def _explain(kind: type[Section], at: Keys, problem: Mapping[str, Any]) -> str:
+    key, given = ".".join(map(str, at)), problem["input"]
+    if problem["type"] == "extra_forbidden":
+        allowed = _fields_at(kind, at[:-1])
+        near = difflib.get_close_matches(str(at[-1]), allowed, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        return f"unknown key {key!r}{hint}; allowed here: {', '.join(allowed)}"
+    if problem["type"] == "missing":
+        return f"{key} is missing; it must be given"
+    if problem["type"] == "literal_error":
+        near = difflib.get_close_matches(str(given), re.findall(r"'([^']*)'", problem["ctx"]["expected"]), n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        return f"{key} is {given!r}; choose {problem['ctx']['expected']}{hint}"
+    if problem["type"] == "union_tag_invalid":
+        return f"{key}.kind is {problem['ctx']['tag']!r}; choose one of {problem['ctx']['expected_tags']}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    shown = repr(given) if len(repr(given)) < 80 else type(given).__name__
+    return f"{key} is {shown}: {message[0].lower()}{message[1:]}"
+
+
+def _fields_at(kind: type[BaseModel], path: Keys) -> list[str]:
+    """Names of the fields that a section at `path` takes."""
+    for part in path:
+        if isinstance(part, str) and part in kind.model_fields:
+            inner = [t for t in _types(kind.model_fields[part].annotation) if _is_section(t)]
+            if not inner:
+                return []
+            kind = inner[0]
+    return list(kind.model_fields)
+
+
+def _types(annotation: Any) -> list[Any]:
+    """Every type that an annotation mentions."""
+    inner = get_args(annotation)
+    return [annotation] + [t for part in inner for t in _types(part)]
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def _resolve_paths(section: Any, base: Path) -> Any:
+    """The same section with every relative Path taken from `base`."""
+    if isinstance(section, Path):
+        return section if section.is_absolute() else base / section
+    if isinstance(section, BaseModel):
+        changed = {name: _resolve_paths(getattr(section, name), base) for name in section.model_fields_set}
+        return section.model_copy(update=changed)
+    if isinstance(section, list):
+        return [_resolve_paths(part, base) for part in section]
+    if isinstance(section, dict):
+        return {key: _resolve_paths(part, base) for key, part in section.items()}
+    return section
+
+
+# --- identity -------------------------------------------------------------------------------------------------------
+
+
+def is_hashed(field: FieldInfo) -> bool:
+    """Whether a field is part of identities."""
+    extra = field.json_schema_extra
+    return not (isinstance(extra, dict) and extra.get("hashed") is False)
+
+
+def hashed_fields(value: Any) -> Any:
+    """Plain JSON of what identities are made of: hashed fields that differ from their defaults.
+
+    A new field with a default therefore changes no identity. Paths are left out: files enter by their content.
+    """
+    if isinstance(value, BaseModel):
+        plain = {
+            name: (hashed_fields(getattr(value, name)), hashed_fields(field.get_default(call_default_factory=True)))
+            for name, field in type(value).model_fields.items()
+            if is_hashed(field)
+        }
+        return {name: given for name, (given, default) in plain.items() if given != default}
+    if isinstance(value, Path):
+        return "<by content>"
+    if isinstance(value, list | tuple):
+        return [hashed_fields(part) for part in value]
+    if isinstance(value, dict):
+        return {key: hashed_fields(part) for key, part in value.items()}
+    return value
+
+
+def model_path(name: str, base: Path) -> str:
+    """A model name with a relative folder or file taken from `base`; hub ids and packages stay as they are."""
+    local = name.startswith((".", "~", "/")) or name.endswith(".gguf")
+    return str((base / Path(name).expanduser()).resolve()) if local and not name.startswith("package:") else name

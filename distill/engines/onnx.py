@@ -1,0 +1,68 @@
+"""Generation with an exported variant: the artifact answers as its users will run it.
+
+The tokenizer and template are the variant folder's own; decoding is `distill.onnx_decoding`.
+"""
+
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+
+from distill.config import FormatConfig, TeacherConfig
+from distill.engines import Completion, Request
+from distill.engines.transformers import completion_of
+from distill.format import encode_prompt, render_prompt, with_own_system
+from distill.models import ModelSource, load_tokenizer
+from distill.onnx_decoding import OnnxDecoder
+from distill.runs import DigestCache, RunOptions, library_versions
+
+
+def roots(teacher: TeacherConfig, cache: DigestCache) -> dict[str, str]:
+    """The content of the variant's folder."""
+    return {"model": cache.of(Path(teacher.model))}
+
+
+class OnnxEngine:
+    """Batched generation with a variant's folder."""
+
+    name = "onnx"
+
+    def __init__(self, folder: Path, format: FormatConfig, batch_size: int, options: RunOptions) -> None:
+        self.version = library_versions(["onnxruntime"]).get("onnxruntime", "")
+        self.format = format
+        self.batch_size: int | None = batch_size
+        self.tokenizer = load_tokenizer(ModelSource(str(folder), folder))
+        self.decoder = OnnxDecoder(folder, options.cpu_threads)
+
+    @classmethod
+    def from_teacher(cls, teacher: TeacherConfig, format: FormatConfig, options: RunOptions) -> "OnnxEngine":
+        """An exported model as the teacher."""
+        return cls(Path(teacher.model), format, teacher.batch_size, options)
+
+    async def generate(self, requests: Iterable[Request]) -> AsyncIterator[Completion]:
+        """Answer requests batch by batch, in order."""
+        pulled = iter(requests)
+        while batch := list(islice(pulled, self.batch_size)):
+            for completion in self._batch(batch):
+                yield completion
+
+    async def close(self) -> None:
+        """Free the session."""
+        del self.decoder
+
+    def _batch(self, requests: Sequence[Request]) -> list[Completion]:
+        started = time.perf_counter()
+        texts = [
+            render_prompt(self.tokenizer, with_own_system(request.prompt.messages, request.system), self.format)
+            for request in requests
+        ]
+        ids = [encode_prompt(self.tokenizer, text) for text in texts]
+        sampling = requests[0].sampling
+        generated = self.decoder.generate(
+            ids, sampling.max_new_tokens, sampling.temperature, sampling.top_p, seed=[r.seed for r in requests]
+        )
+        latency = (time.perf_counter() - started) / len(requests)
+        return [
+            completion_of(self.tokenizer, self.format, request, text, len(prompt), new, latency)
+            for request, text, prompt, new in zip(requests, texts, ids, generated)
+        ]

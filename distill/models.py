@@ -1,0 +1,392 @@
+"""Loading models and tokenizers, and attention that never crosses a document.
+
+A model comes from a hub id, a local folder, a GGUF file or a GGUF that a Python package ships; whatever the source,
+the result is a plain transformers model that can be saved. `per_document` attention is registered with transformers:
+packed documents are attended one by one with causal SDPA, from the boundaries (`cu_seq_lens_q`) that the trainer
+passes, the same way that flash-attention's variable-length kernel takes them.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import io
+import json
+import logging
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distill.errors import MissingExtraError, ModelError
+from distill.runs import DigestCache, RunOptions
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+PER_DOCUMENT = "per_document"
+
+
+class ModelSource(NamedTuple):
+    """Where a model lies: a folder (perhaps with one GGUF file chosen), or a hub id with its revision."""
+
+    name: str
+    folder: Path | None = None
+    gguf: str | None = None
+    revision: str = "main"
+
+    @property
+    def where(self) -> str:
+        """What transformers' `from_pretrained` takes first."""
+        return str(self.folder) if self.folder else self.name
+
+
+def find_model(name: str, revision: str = "main") -> ModelSource:
+    """Resolve a model name without loading anything.
+
+    `package:NAME/FILE.gguf` is a file of an installed Python package; a path that exists is local; anything else is a
+    hub id. Raises ModelError for files that are missing, truncated or not what they claim to be.
+    """
+    if name.startswith("package:"):
+        path = _package_file(name)
+    else:
+        path = Path(name).expanduser()
+        looks_local = name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") != 1
+        if not path.exists():
+            if looks_local and not _is_bare_hub_id(name):
+                raise ModelError(f"{name}: no such model file or folder; give a folder, a .gguf file or a hub id")
+            return ModelSource(name, revision=revision)
+    if path.is_file():
+        _check_gguf(path)
+        return ModelSource(name, path.parent, path.name)
+    _check_folder(path)
+    return ModelSource(name, path)
+
+
+def _is_bare_hub_id(name: str) -> bool:
+    return "/" not in name and not name.endswith(".gguf") and name not in (".", "..", "~")
+
+
+def _package_file(name: str) -> Path:
+    package, _, file = name.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f"{name}: the Python package {package!r} is not installed; install it with pip --no-deps")
+    path = Path(next(iter(spec.submodule_search_locations))) / file
+    if not path.is_file():
+        raise ModelError(f"{name}: the package {package!r} has no file {file!r}")
+    return path
+
+
+def _check_gguf(path: Path) -> None:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ModelError(f"{path}: not a GGUF file (starts with {magic!r}); give a .gguf file, a folder or a hub id")
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder without a configuration or with damaged weights."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json in it; give the folder of a transformers checkpoint")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights and not list(folder.glob("*.bin")):
+        raise ModelError(f"{folder}: no weights (*.safetensors) in it")
+    for path in weights:
+        check_safetensors(path)
+
+
+def check_safetensors(path: Path) -> None:
+    """Compare a safetensors file's size with what its header says.
+
+    Raises ModelError if it is truncated or not safetensors at all.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > min(size - 8, 100 << 20):
+            raise ModelError(f"{path}: not a safetensors file, or cut off in its header; download it again")
+        try:
+            header = json.loads(file.read(length))
+            end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{path}: its safetensors header cannot be read; download it again") from error
+    if size != 8 + length + end:
+        raise ModelError(
+            f"{path}: truncated: {size:,} bytes, its header says {8 + length + end:,}; download or copy it again"
+        )
+
+
+def model_digest(source: ModelSource, cache: DigestCache) -> str:
+    """What identifies a model's content: a digest for local files, the resolved commit for a hub id.
+
+    A hub that cannot be reached leaves the revision as given, marked `unresolved`.
+    """
+    if source.folder and source.gguf:
+        return cache.of(source.folder / source.gguf)
+    if source.folder:
+        return cache.of(source.folder)
+    return f"{source.name}@{hub_commit(source.name, source.revision)}"
+
+
+def hub_commit(repo: str, revision: str, kind: str = "model") -> str:
+    """Commit of a hub id, from the local cache or the hub; `unresolved:REVISION` where neither answers."""
+    if len(revision) == 40 and all(c in "0123456789abcdef" for c in revision):
+        return revision
+    from huggingface_hub import HfApi, constants
+
+    folder = f"{kind}s--{repo.replace('/', '--')}"
+    ref = Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
+    if constants.HF_HUB_OFFLINE:
+        return ref.read_text().strip() if ref.is_file() else f"unresolved:{revision}"
+    try:
+        return str(HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=10).sha)
+    except Exception:  # every way a network can fail; the caller says what it means
+        return ref.read_text().strip() if ref.is_file() else f"unresolved:{revision}"
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+def require_torch() -> None:
+    """Raise MissingExtraError unless torch and transformers are installed."""
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "train")
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer, with a pad token (the end token where it has none: masks go by position, never by id)."""
+    require_torch()
+    from transformers import AutoTokenizer
+
+    with _explained(source), quiet_loading():
+        tokenizer = AutoTokenizer.from_pretrained(source.where, **_from_pretrained(source))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(source: ModelSource) -> Any:
+    """The model's configuration; refuses architectures that were not tested."""
+    require_torch()
+    from transformers import AutoConfig
+
+    with _explained(source), quiet_loading():
+        config = AutoConfig.from_pretrained(source.where, **_from_pretrained(source))
+    if config.model_type not in FAMILIES:
+        raise ModelError(f"{source.name}: a {config.model_type!r} model; students are {', '.join(FAMILIES)}")
+    return config
+
+
+def load_model(source: ModelSource, dtype: str = "float32", device: str = "cpu", attention: str = "sdpa") -> Any:
+    """A plain causal language model in `dtype` (`float32` or `bfloat16`) on a device, in evaluation mode.
+
+    A GGUF file is dequantised and copied into a plain model of its architecture, which can be saved. Raises
+    ModelError naming what is missing and what to do.
+    """
+    require_torch()
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    load_config(source)
+    register_attention()
+    with _explained(source), quiet_loading():
+        model = AutoModelForCausalLM.from_pretrained(
+            source.where,
+            dtype=getattr(torch, dtype),
+            attn_implementation=None if source.gguf else attention,
+            **_from_pretrained(source),
+        )
+    if source.gguf:
+        model = _plain_copy(model, attention, getattr(torch, dtype))
+    return model.to(device).eval()
+
+
+def _plain_copy(model: Any, attention: str, dtype: Any) -> Any:
+    """The same weights in a model that carries no trace of GGUF and so can be saved."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    values = model.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "dtype"):
+        values.pop(key, None)
+    config = type(model.config)(**values)
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    plain = plain.to_empty(device="cpu").to(dtype)
+    missing, unexpected = plain.load_state_dict(state, strict=False)
+    plain.tie_weights()
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if set(missing) - tied or unexpected:
+        raise ModelError(f"the GGUF file does not fill its architecture: missing {missing}, unexpected {unexpected}")
+    _recompute_buffers(plain)
+    plain.generation_config = GenerationConfig.from_model_config(config)
+    return plain
+
+
+def _recompute_buffers(model: Any) -> None:
+    """Make the rotary tables anew: they are not in the state dict, and `to_empty` left them undefined."""
+    for module in model.modules():
+        if hasattr(module, "inv_freq") and hasattr(module, "config"):
+            fresh = type(module)(config=module.config)
+            module.inv_freq = fresh.inv_freq
+            module.original_inv_freq = fresh.original_inv_freq
+
+
+def _from_pretrained(source: ModelSource) -> dict[str, Any]:
+    """Where-from arguments for `from_pretrained`."""
+    if source.gguf:
+        return {"gguf_file": source.gguf}
+    return {} if source.folder else {"revision": source.revision}
+
+
+@contextlib.contextmanager
+def _explained(source: ModelSource) -> Iterator[None]:
+    """Turn the many ways loading fails into one line that says what to do."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, IndexError, RuntimeError, struct.error) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if source.folder:
+            whole = "is it whole? copy or download it again"
+            raise ModelError(f"{source.name}: cannot be loaded; {whole} ({first})") from error
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+        raise ModelError(
+            f"{source.name}@{source.revision}: not in the local hub cache and the hub cannot be reached{offline}, or no"
+            f" such model; check the id, the network and HF_TOKEN, or give a local folder ({first[:160]})"
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep transformers' progress bars and advice off the terminal while loading."""
+    from transformers.utils import logging as transformers_logging
+
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def choose_device(options: RunOptions) -> str:
+    """The torch device to use: as asked, else CUDA, else CPU (Apple's MPS only on request)."""
+    require_torch()
+    import torch
+
+    if options.device != "auto":
+        try:
+            torch.empty(0, device=options.device)
+        except (RuntimeError, AssertionError) as error:
+            first = str(error).splitlines()[0]
+            raise ModelError(f"--device {options.device}: not usable here ({first}); try --device cpu") from error
+        return options.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def set_threads(options: RunOptions) -> None:
+    """Let torch use the threads the run was given."""
+    import torch
+
+    torch.set_num_threads(options.cpu_threads)
+
+
+# --- attention per document -----------------------------------------------------------------------------------------
+
+
+def register_attention() -> None:
+    """Make `per_document` known to transformers, with no mask of its own (idempotent)."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(PER_DOCUMENT, per_document_attention)
+    AttentionMaskInterface.register(PER_DOCUMENT, _no_mask)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+def per_document_attention(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: Any = None,
+    **_: Any,
+) -> tuple[Any, None]:
+    """Causal SDPA inside each packed document.
+
+    query [1, heads, tokens, head_dim]; key and value [1, kv_heads, tokens, head_dim]; `cu_seq_lens_q` holds the
+    documents' boundaries as Python ints or a 1-d tensor, 0 first and the number of tokens last. Returns
+    [1, tokens, heads, head_dim]. Documents of like length are laid side by side, padded on the right, and attended in
+    one causal call: no query sees the padding, since it comes after all it may see. Raises ValueError without
+    boundaries: attending across documents must never be the silent fallback.
+    """
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    if cu_seq_lens_q is None:
+        raise ValueError("per_document attention takes cu_seq_lens_q: the boundaries of the packed documents")
+    bounds = tuple(cu_seq_lens_q) if isinstance(cu_seq_lens_q, list) else tuple(cu_seq_lens_q.tolist())
+    grid, back = _side_by_side(bounds)
+    pieces = []
+    for documents, longest, index in grid:
+        rows = index.to(query.device)
+        query_nhld, key_nhld, value_nhld = (
+            x[0].index_select(1, rows).unflatten(1, (documents, longest)).transpose(0, 1) for x in (query, key, value)
+        )
+        attended = scaled_dot_product_attention(
+            query_nhld,
+            key_nhld,
+            value_nhld,
+            is_causal=True,
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        pieces.append(attended.transpose(1, 2).flatten(0, 1))
+    return torch.cat(pieces).index_select(0, back.to(query.device))[None], None
+
+
+SPREAD = 1.25
+"""How much longer than its shortest document a group of documents may be padded."""
+
+
+@functools.lru_cache(maxsize=64)
+def _side_by_side(bounds: tuple[int, ...]) -> tuple[list[tuple[int, int, Any]], Any]:
+    """Groups of documents of like length: (documents, padded length, token index of each cell), and the way back.
+
+    The second value gives, for each token of the pack, its row in the groups' cells laid end to end.
+    """
+    import torch
+
+    by_length = sorted(zip(bounds, bounds[1:]), key=lambda document: document[1] - document[0])
+    groups: list[list[tuple[int, int]]] = []
+    for start, end in by_length:
+        if not groups or end - start > SPREAD * (groups[-1][0][1] - groups[-1][0][0]):
+            groups.append([])
+        groups[-1].append((start, end))
+    grid, back, offset = [], torch.empty(bounds[-1], dtype=torch.long), 0
+    for group in groups:
+        longest = max(end - start for start, end in group)
+        cells = [min(start + column, end - 1) for start, end in group for column in range(longest)]
+        grid.append((len(group), longest, torch.tensor(cells)))
+        for row, (start, end) in enumerate(group):
+            first = offset + row * longest
+            back[start:end] = torch.arange(first, first + end - start)
+        offset += len(group) * longest
+    return grid, back

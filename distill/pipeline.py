@@ -1,0 +1,85 @@
+"""Running a plan: preflight everything that is not done, then each stage in turn, then the pipeline's record."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from distill.config import Recipe
+from distill.errors import storage_errors
+from distill.plan import STAGES, Plan, make_plan, pipeline_file, state_of
+from distill.progress import say
+from distill.records import write_json
+from distill.runs import RunOptions, SealedRun, Step, open_sealed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pipeline run left: every step's sealed run, and which of them ran now."""
+
+    plan: Plan
+    results: dict[str, SealedRun]
+    executed: list[str]
+
+
+def run_recipe(recipe: Recipe, options: RunOptions, stage: str | None = None) -> Outcome:
+    """Run a recipe's stages up to and with `stage` (all of them by default), resuming where it stopped.
+
+    Raises DistillError subclasses: before anything is written for bad input, GateError after a failed gate.
+    """
+    plan = make_plan(recipe, options)
+    steps = plan.until(stage) if stage else list(plan.steps.values())
+    preflight(recipe, steps, options)
+    with storage_errors("cannot write the run store"):
+        record(plan, options)
+    results: dict[str, SealedRun] = {}
+    executed: list[str] = []
+    for step in steps:
+        if not options.quiet:
+            say(f"{step.label}: {'done before' if step.sealed else state_of(step)[1]} -> {step.folder}")
+        if not step.sealed:
+            stage_module(step).run(recipe, step, options)
+            executed.append(step.label)
+        results[step.label] = open_sealed(step.folder, check=False)
+        record(plan, options)
+    return Outcome(plan, results, executed)
+
+
+def preflight(recipe: Recipe, steps: Sequence[Step], options: RunOptions) -> None:
+    """Let every stage that has to run refuse what it can refuse now, before work or money is spent."""
+    for step in steps:
+        if not step.sealed:
+            stage_module(step).preflight(recipe, step, options)
+
+
+def stage_module(step: Step) -> Any:
+    """The module that runs a step, imported now."""
+    return importlib.import_module(STAGES[step.stage])
+
+
+def record(plan: Plan, options: RunOptions) -> None:
+    """Write the pipeline's record: the resolved recipe and where each stage lies."""
+    path = pipeline_file(plan, options.runs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(
+        path,
+        {
+            "schema": 1,
+            "name": plan.recipe.name,
+            "identity": plan.identity,
+            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+            "recipe": plan.recipe.model_dump(mode="json"),
+            "steps": {
+                label: {
+                    "stage": step.stage,
+                    "identity": step.identity,
+                    "folder": step.folder.relative_to(options.runs).as_posix(),
+                    "sealed": step.sealed,
+                    "args": dict(step.args),
+                    "upstream": {role: other.label for role, other in step.upstream.items()},
+                }
+                for label, step in plan.steps.items()
+            },
+        },
+    )

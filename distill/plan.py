@@ -1,0 +1,319 @@
+"""The plan of a recipe: every stage with its identity, known before anything runs.
+
+A stage's identity is a hash over its version, the hashed fields of its sections that differ from their defaults, the
+content of its root inputs, and the identities (never the outputs) of its upstream stages. So one pass over the recipe
+gives the whole graph, and a look at the run store says which of it is done, which is unfinished, and what changed.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.config import FileVerifier, PromptSource, Recipe, hashed_fields
+from distill.engines import ENGINES, load
+from distill.errors import RecipeError
+from distill.models import find_model, model_digest
+from distill.prompts import roots as prompt_roots
+from distill.records import digest_json
+from distill.runs import STAGE_FILE, DigestCache, RunOptions, Step
+
+STAGE_VERSIONS = {"prompts": 1, "generate": 1, "select": 1, "train": 1, "eval": 1, "export": 1}
+"""Bumped when a stage gives other results for the same recipe (a changed default is such a change)."""
+
+STAGES = {
+    "prompts": "distill.prompts",
+    "generate": "distill.teachers.generate",
+    "select": "distill.teachers.select",
+    "train": "distill.students.train",
+    "eval": "distill.evaluation",
+    "export": "distill.export.export",
+}
+"""The module of each stage, imported when the stage runs; each has `preflight` and `run`."""
+
+DIFFED_AS_ONE = 8
+"""Changed fields named in a reason before it is cut short."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a recipe in the order in which they can run."""
+
+    recipe: Recipe
+    steps: Mapping[str, Step]
+
+    @property
+    def identity(self) -> str:
+        """Identity of the whole pipeline."""
+        return digest_json([step.identity for step in self.steps.values()])[:16]
+
+    def until(self, stage: str) -> list[Step]:
+        """The steps of a stage and everything they need, in order.
+
+        Raises RecipeError if the recipe has no such stage.
+        """
+        wanted = [step for step in self.steps.values() if step.stage == stage]
+        if not wanted:
+            raise RecipeError(f"the recipe has nothing to {stage}; {MISSING_SECTION.get(stage, 'see its sections')}")
+        needed: set[str] = set()
+        while wanted:
+            step = wanted.pop()
+            if step.label not in needed:
+                needed.add(step.label)
+                wanted.extend(step.upstream.values())
+        return [step for step in self.steps.values() if step.label in needed]
+
+
+MISSING_SECTION = {
+    "prompts": "add a prompts section",
+    "generate": "add prompts and a teacher section",
+    "select": "add prompts and a teacher section",
+    "train": "add a student section with phases",
+    "eval": "add an evaluate section",
+    "export": "add an export section",
+}
+
+
+class Planner:
+    """Builds the steps of one recipe; `make_plan` is the way in."""
+
+    def __init__(self, recipe: Recipe, options: RunOptions, cache: DigestCache) -> None:
+        self.recipe = recipe
+        self.options = options
+        self.cache = cache
+        self.steps: dict[str, Step] = {}
+
+    def add(self, stage: str, label: str, fields: Mapping[str, Any], upstream: Mapping[str, Step], **args: Any) -> Step:
+        """Name a step by what it is made from."""
+        identity = digest_json(
+            {
+                "stage": stage,
+                "version": STAGE_VERSIONS[stage],
+                "fields": fields,
+                "upstream": {role: step.identity for role, step in upstream.items()},
+            }
+        )[:16]
+        name = "-".join([self.recipe.name, *label.split(":")[1:]])
+        step = Step(stage, label, name, identity, fields, upstream, self.options.runs, args)
+        self.steps[label] = step
+        return step
+
+    def build(self) -> Plan:
+        """Every stage that the recipe's sections ask for."""
+        recipe = self.recipe
+        prompts = self._prompts()
+        sets = self._sets(prompts)
+        traces = self._traces(prompts, sets)
+        if recipe.evaluate and recipe.student and "base" in recipe.evaluate.models:
+            self._evaluate("base", sets, {})
+        if recipe.evaluate and recipe.teacher and "teacher" in recipe.evaluate.models:
+            self._evaluate("teacher", sets, {})
+        student = self._train(traces)
+        if recipe.evaluate and recipe.student and recipe.student.phases and "student" in recipe.evaluate.models:
+            assert student is not None
+            self._evaluate("student", sets, {"model": student})
+        self._export(student, sets)
+        return Plan(recipe, self.steps)
+
+    def _prompts(self) -> Step | None:
+        sources = self.recipe.prompts
+        if not sources:
+            return None
+        fields = {"sources": hashed_fields(sources), "roots": prompt_roots(sources, self.cache)}
+        return self.add("prompts", "prompts", fields, {})
+
+    def _sets(self, prompts: Step | None) -> dict[str, Step]:
+        """The step that holds each evaluation set's prompts."""
+        sets: dict[str, Step] = {}
+        for name, chosen in (self.recipe.evaluate.sets if self.recipe.evaluate else {}).items():
+            if chosen.source is None:
+                assert prompts is not None  # the recipe's own validation
+                sets[name] = prompts
+            else:
+                roots = prompt_roots([chosen.source], self.cache)
+                fields = {"sources": hashed_fields([chosen.source]), "roots": roots}
+                sets[name] = self.add("prompts", f"prompts:{name}", fields, {}, set=name)
+        return sets
+
+    def _traces(self, prompts: Step | None, sets: Mapping[str, Step]) -> Step | None:
+        teacher = self.recipe.teacher
+        if teacher is None or prompts is None:
+            return None
+        roots = self._teacher_roots()
+        fields = {"teacher": hashed_fields(teacher), "roots": roots}
+        if teacher.engine in ("transformers", "onnx"):
+            # a local teacher reads the format's markers and renders with the recipe's template
+            fields["format"] = hashed_fields(self.recipe.format)
+        generated = self.add("generate", "generate", fields, {"prompts": prompts})
+        # prompts of named evaluation sets never train, so selection depends on them
+        kept_apart = {f"set:{name}": step for name, step in sets.items() if step is not prompts}
+        fields = {"select": hashed_fields(self.recipe.select), "verifiers": self._verifier_versions()}
+        return self.add("select", "select", fields, {"traces": generated, "prompts": prompts, **kept_apart})
+
+    def _teacher_roots(self) -> dict[str, str]:
+        assert self.recipe.teacher is not None
+        module = load(ENGINES[self.recipe.teacher.engine].partition(":")[0] + ":roots")
+        return dict(module(self.recipe.teacher, self.cache))
+
+    def _verifier_versions(self) -> dict[str, str]:
+        from distill.verifiers import resolve
+
+        chosen: list[str | FileVerifier] = [source.verifier for source in self._all_sources()]
+        specs = [resolve(verifier) for verifier in chosen]
+        return {spec.name: spec.version for spec in specs}
+
+    def _all_sources(self) -> list[PromptSource]:
+        named = self.recipe.evaluate.sets.values() if self.recipe.evaluate else ()
+        return [*self.recipe.prompts, *(chosen.source for chosen in named if chosen.source)]
+
+    def _base(self) -> dict[str, Any]:
+        """The student's starting point: name and content."""
+        student = self.recipe.student
+        assert student is not None
+        source = find_model(student.init, student.revision)
+        name = student.init if source.folder is None else "<by content>"
+        return {"init": name, "root": model_digest(source, self.cache)}
+
+    def _train(self, examples: Step | None) -> Step | None:
+        student = self.recipe.student
+        if student is None or examples is None:
+            return None
+        last: Step | None = None
+        for index, phase in enumerate(student.phases):
+            fields: dict[str, Any] = {
+                "phase": hashed_fields(phase),
+                "precision": student.precision,
+                "format": hashed_fields(self.recipe.format),
+            }
+            upstream = {"examples": examples}
+            if last is None:
+                fields["base"] = self._base()
+            else:
+                upstream["model"] = last
+            last = self.add("train", f"train:{index}", fields, upstream, phase=index)
+        return last
+
+    def _evaluate(self, model: str, sets: Mapping[str, Step], upstream: Mapping[str, Step], **args: Any) -> None:
+        for name, prompts in sets.items():
+            fields = self.eval_fields(name)
+            if model == "base":
+                fields["base"] = self._base()
+            if model == "teacher":
+                assert self.recipe.teacher is not None
+                fields["teacher"] = hashed_fields(self.recipe.teacher)
+                fields["roots"] = self._teacher_roots()
+            self.add(
+                "eval",
+                f"eval:{model}:{name}",
+                {"model": model, **fields},
+                {**upstream, "prompts": prompts},
+                model=model,
+                set=name,
+                **args,
+            )
+
+    def eval_fields(self, name: str) -> dict[str, Any]:
+        """What decides the text and the verdicts of an evaluation set."""
+        evaluate = self.recipe.evaluate
+        assert evaluate is not None
+        return {
+            "sampling": hashed_fields(evaluate.sampling),
+            "batch_size": evaluate.batch_size,
+            "limit": evaluate.sets[name].limit,
+            "format": hashed_fields(self.recipe.format),
+            "precision": self.recipe.student.precision if self.recipe.student else "fp32",
+            "verifiers": self._verifier_versions(),
+        }
+
+    def _export(self, student: Step | None, sets: Mapping[str, Step]) -> None:
+        export = self.recipe.export
+        if export is None:
+            return
+        fields: dict[str, Any] = {"export": hashed_fields(export), "format": hashed_fields(self.recipe.format)}
+        upstream: dict[str, Step] = {}
+        if student is not None and export.model is None:
+            upstream["model"] = student
+        elif export.model is not None:
+            fields["root"] = model_digest(find_model(export.model), self.cache)
+        else:
+            fields["base"] = self._base()
+        if export.set in sets:
+            fields["evaluate"] = self.eval_fields(export.set)
+            upstream["prompts"] = sets[export.set]
+            # the task gate compares with these, item by item
+            for model in ("student", "base"):
+                if step := self.steps.get(f"eval:{model}:{export.set}"):
+                    upstream[model] = step
+        step = self.add("export", "export", fields, upstream)
+        others = {name: prompts for name, prompts in sets.items() if name != export.set}
+        for variant in export.variants:
+            self._evaluate(variant, others, {"artifact": step}, variant=variant)
+
+
+def make_plan(recipe: Recipe, options: RunOptions, cache: DigestCache | None = None) -> Plan:
+    """The stages of a recipe with their identities; reads root files, runs nothing, writes nothing in the run store.
+
+    Raises RecipeError, DataError or ModelError if a root is missing.
+    """
+    return Planner(recipe, options, cache or DigestCache()).build()
+
+
+# --- what is done, and why the rest is not --------------------------------------------------------------------------
+
+
+def state_of(step: Step) -> tuple[str, str]:
+    """(`done` | `unfinished` | `new`, why): the reason names the fields that differ from the nearest finished run."""
+    if step.sealed:
+        return "done", "finished before"
+    if step.folder.exists():
+        return "unfinished", "started before; will be resumed"
+    earlier = _finished_siblings(step)
+    if not earlier:
+        return "new", "never run"
+    changes = min((_changes(document, step) for document in earlier), key=len)
+    shown = "; ".join(changes[:DIFFED_AS_ONE])
+    return "new", f"differs from an earlier run: {shown or 'stage version'}"
+
+
+def _finished_siblings(step: Step) -> list[dict[str, Any]]:
+    found = []
+    for folder in sorted(step.folder.parent.glob(f"{step.name}-*")):
+        try:
+            document = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if document.get("label") == step.label:
+            found.append(document)
+    return found
+
+
+def _changes(document: Mapping[str, Any], step: Step) -> list[str]:
+    before, now = _flat(document["fields"]), _flat(step.fields)
+    changed = [
+        f"{key} {before.get(key, 'default')!r} -> {now.get(key, 'default')!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    upstream = {role: other.identity for role, other in step.upstream.items()}
+    return changed + [
+        f"{step.upstream[role].label} changed"
+        for role, identity in upstream.items()
+        if document["upstream"].get(role) != identity
+    ]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested plain JSON as dotted keys."""
+    if isinstance(value, Mapping):
+        parts = value.items()
+    elif isinstance(value, list):
+        parts = {str(index): part for index, part in enumerate(value)}.items()
+    else:
+        return {prefix: value}
+    return {key: leaf for name, part in parts for key, leaf in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def pipeline_file(plan: Plan, runs: Path) -> Path:
+    """Where the pipeline's own record lies."""
+    return runs / "pipelines" / f"{plan.recipe.name}-{plan.identity}.json"

@@ -1,0 +1,337 @@
+"""The run store: one folder a stage run, sealed last, so that anything can be killed at any byte.
+
+`runs/<stage>/<name>-<identity>/` holds what a stage produced; `stage.json`, written last, says what that is (file
+digests, result digest, counts, timings, environment). Without it the stage is unfinished and the same command
+resumes it. A lock stops two writers; a consumer that finds other bytes than `stage.json` says refuses.
+"""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from distill.errors import RunError, storage_errors
+from distill.records import write_json
+
+STAGE_FILE = "stage.json"
+LOCK_FILE = ".lock"
+PARTIAL = ".part"
+WORK_FOLDER = "work"
+"""Folder inside a run for what a resume needs and a sealed run does not (checkpoints, unfinished variants)."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how fast a stage runs; never part of an identity."""
+
+    runs: Path = Path("runs")
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+    threads: int = 0
+    """CPU threads; 0 takes all cores this process may use."""
+    quiet: bool = False
+    require: bool = False
+    """Count a gate that could not run as failed."""
+
+    @property
+    def cpu_threads(self) -> int:
+        """Threads to use: as asked, or every core this process may run on."""
+        return self.threads or available_cores()
+
+
+def available_cores() -> int:
+    """Cores this process may run on (not those of the whole machine)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --- digests --------------------------------------------------------------------------------------------------------
+
+
+def file_digest(path: Path) -> str:
+    """Streamed sha256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class DigestCache:
+    """sha256 of large input files, remembered by path, size and modification time outside the run store."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.path = path or home / "distill" / "digests.json"
+
+    def of(self, path: Path) -> str:
+        """Digest of a file, or of a folder: the digests of its regular files under their relative names."""
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+            names = "\n".join(f"{p.relative_to(path).as_posix()} {self.of(p)}" for p in files)
+            return hashlib.sha256(names.encode()).hexdigest()
+        status = path.stat()
+        if status.st_size < 1 << 20:
+            return file_digest(path)
+        key = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+        known = self._read()
+        if key not in known:
+            known[key] = file_digest(path)
+            self._write(known)
+        return known[key]
+
+    def _read(self) -> dict[str, str]:
+        try:
+            return dict(json.loads(self.path.read_text()))
+        except (OSError, ValueError):
+            return {}
+
+    def _write(self, known: dict[str, str]) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, known)
+        except OSError:
+            pass  # a cache that cannot be written only costs the next hash
+
+
+# --- steps and sealed runs ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a plan: what it is made from, and so what it is called and where it lives."""
+
+    stage: str
+    """Stage name: prompts, generate, select, train, eval, export."""
+    label: str
+    """Unique in its plan: `generate`, `train:0`, `eval:student:heldout`."""
+    name: str
+    """What people call the folder: recipe name and label."""
+    identity: str
+    """Hash over version, fields and upstream identities (16 hex digits)."""
+    fields: Mapping[str, Any]
+    """What was hashed, in plain JSON."""
+    upstream: Mapping[str, "Step"]
+    """Steps this one reads, by role: `{"traces": …}`."""
+    runs: Path
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """What the stage's `run` needs to know beside the recipe: phase index, model, set."""
+
+    @property
+    def folder(self) -> Path:
+        """The stage run's folder."""
+        return self.runs / self.stage / f"{self.name}-{self.identity}"
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the stage is finished."""
+        return (self.folder / STAGE_FILE).exists()
+
+    def result(self, role: str) -> "SealedRun":
+        """The sealed run of an upstream step, its bytes checked."""
+        return open_sealed(self.upstream[role].folder)
+
+
+@dataclass(frozen=True)
+class SealedRun:
+    """A finished stage run, read-only."""
+
+    folder: Path
+    document: Mapping[str, Any]
+
+    @property
+    def counts(self) -> Mapping[str, Any]:
+        """What the stage counted."""
+        return dict(self.document["counts"])
+
+    @property
+    def digest(self) -> str:
+        """The result digest: equal for equal results, whatever the timings."""
+        return str(self.document["digest"])
+
+    @property
+    def seconds(self) -> float:
+        """Wall time over all attempts."""
+        return float(self.document["seconds"])
+
+    def path(self, name: str) -> Path:
+        """A file or folder of the run."""
+        return self.folder / name
+
+
+def open_sealed(folder: Path, check: bool = True) -> SealedRun:
+    """Open a finished stage run.
+
+    Raises RunError if it is unfinished or holds other bytes than its stage.json says.
+    """
+    try:
+        document = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{folder}: not finished (no {STAGE_FILE}); run the same command again to finish it") from None
+    except ValueError as error:
+        raise RunError(f"{folder / STAGE_FILE}: damaged ({error}); delete the folder and run again") from error
+    if check:
+        for name, expected in document["files"].items():
+            _check_file(folder, name, expected)
+    return SealedRun(folder, document)
+
+
+_checked: dict[tuple[str, int, int], str] = {}
+"""Digests of files already read by this process, by path, size and modification time."""
+
+
+def _check_file(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
+    path = folder / name
+    if not path.is_file():
+        raise RunError(f"{path}: missing, though {STAGE_FILE} lists it; delete {folder} and run again")
+    status = path.stat()
+    key = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+    if key not in _checked:
+        _checked[key] = file_digest(path)
+    if _checked[key] != expected["sha256"]:
+        raise RunError(
+            f"{path}: holds other bytes than {STAGE_FILE} says (it was changed after the stage ended);"
+            f" restore it, or delete {folder} and run again"
+        )
+
+
+# --- writing a run --------------------------------------------------------------------------------------------------
+
+
+class OpenRun:
+    """A stage run being written; use `open_run`."""
+
+    def __init__(self, step: Step, options: RunOptions) -> None:
+        self.step = step
+        self.options = options
+        self.folder = step.folder
+        self.started = time.monotonic()
+        self._seconds_before = float(self._attempts().get("seconds", 0.0))
+
+    @property
+    def work(self) -> Path:
+        """Scratch folder that outlives a kill and is removed when the run is sealed."""
+        folder = self.folder / WORK_FOLDER
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this stage over all attempts so far."""
+        return self._seconds_before + time.monotonic() - self.started
+
+    def path(self, name: str) -> Path:
+        """A path inside the run."""
+        return self.folder / name
+
+    def seal(self, digest: str, counts: Mapping[str, Any], **more: Any) -> SealedRun:
+        """Write stage.json last: the stage is finished and its bytes are what they are."""
+        (self.folder / "attempts.json").unlink(missing_ok=True)
+        document = {
+            "schema": 1,
+            "stage": self.step.stage,
+            "label": self.step.label,
+            "name": self.step.name,
+            "identity": self.step.identity,
+            "fields": self.step.fields,
+            "upstream": {role: step.identity for role, step in self.step.upstream.items()},
+            "digest": digest,
+            "counts": dict(counts),
+            "seconds": round(self.seconds, 3),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "environment": environment(self.options),
+            "files": _inventory(self.folder),
+            **more,
+        }
+        write_json(self.folder / STAGE_FILE, document)
+        shutil.rmtree(self.folder / WORK_FOLDER, ignore_errors=True)
+        return SealedRun(self.folder, document)
+
+    def note_attempt(self) -> None:
+        """Remember the time spent so far, for a stage that ends without being sealed."""
+        if self.folder.exists():
+            write_json(self.folder / "attempts.json", {"seconds": self.seconds, **environment(self.options)})
+
+    def _attempts(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.folder / "attempts.json").read_text()))
+        except (OSError, ValueError):
+            return {}
+
+
+@contextmanager
+def open_run(step: Step, options: RunOptions) -> Iterator[OpenRun]:
+    """Hold a stage run's folder and its lock while it is written.
+
+    Raises RunError if another process writes it, StorageError if the disk refuses.
+    """
+    with storage_errors(f"{step.label}: cannot write {step.folder}"):
+        step.folder.mkdir(parents=True, exist_ok=True)
+        with locked(step.folder, f"{step.label} is being written"):
+            run = OpenRun(step, options)
+            try:
+                yield run
+            finally:
+                if not step.sealed:
+                    run.note_attempt()
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Hold an exclusive lock on a folder; the operating system frees it when the process ends, however it ends."""
+    with (folder / LOCK_FILE).open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            raise RunError(f"{folder}: {what} by {owner}; wait for it or stop it, then run again") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        yield
+
+
+def environment(options: RunOptions) -> dict[str, Any]:
+    """What equality of bits depends on: device kind, threads, library versions."""
+    return {
+        "device": options.device,
+        "threads": options.cpu_threads,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "versions": library_versions(),
+    }
+
+
+LIBRARIES = ("distill", "torch", "transformers", "tokenizers", "onnxruntime", "onnxruntime-genai", "reasoning-gym")
+
+
+def library_versions(names: Sequence[str] = LIBRARIES) -> dict[str, str]:
+    """Installed versions of the libraries that results depend on."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _inventory(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every file of a run with its digest and size; leftovers of interrupted writes are removed first."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if not path.is_file() or relative.parts[0] in (STAGE_FILE, LOCK_FILE, WORK_FOLDER):
+            continue
+        if path.name.endswith(PARTIAL):
+            path.unlink()
+        else:
+            files[relative.as_posix()] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
+    return files

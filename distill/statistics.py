@@ -1,0 +1,75 @@
+"""Intervals for accuracies: Wilson for one sample a problem, bootstraps by problem for more and for differences.
+
+All intervals are 95% and two-sided. A bootstrap resamples *problems*, never single samples, since samples of one
+problem are alike. Seeds are fixed, so a report's numbers are the same each time it is made.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Z95 = 1.959963984540054
+RESAMPLES = 10_000
+
+
+class Interval(NamedTuple):
+    """A value with its 95% bounds."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
+
+
+def wilson(successes: int, trials: int) -> Interval:
+    """Wilson's score interval for a proportion (Wilson 1927, eq. 4 with z = 1.96).
+
+    Raises ValueError without trials.
+    """
+    if trials <= 0:
+        raise ValueError("a proportion takes at least one trial")
+    share, z2 = successes / trials, Z95 * Z95
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = Z95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials * trials))
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def bootstrap_mean(per_problem: Sequence[float], seed: int = 0) -> Interval:
+    """Mean over problems with a percentile bootstrap over problems (Efron 1979)."""
+    values = np.asarray(per_problem, dtype=np.float64)
+    if values.size == 0:
+        raise ValueError("a mean takes at least one problem")
+    means = _resampled_means(values, seed)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def accuracy(per_problem: Sequence[Sequence[bool]]) -> Interval:
+    """Accuracy of samples grouped by problem: Wilson at one sample a problem, else a bootstrap by problem."""
+    if all(len(samples) == 1 for samples in per_problem):
+        return wilson(sum(samples[0] for samples in per_problem), len(per_problem))
+    return bootstrap_mean([sum(samples) / len(samples) for samples in per_problem])
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Interval:
+    """Mean of first - second over the same problems, with a paired bootstrap by problem.
+
+    Raises ValueError if the lists are not of one length.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"a paired difference takes the same problems on both sides ({len(first)} and {len(second)})")
+    return bootstrap_mean(np.subtract(first, second).tolist(), seed)
+
+
+def _resampled_means(values: "np.ndarray[tuple[int], np.dtype[np.float64]]", seed: int) -> "np.ndarray":
+    generator = np.random.default_rng(seed)
+    chunk = max(1, 2_000_000 // values.size)  # bounds the memory of the index table
+    parts = [
+        values[generator.integers(0, values.size, size=(min(chunk, RESAMPLES - start), values.size))].mean(axis=1)
+        for start in range(0, RESAMPLES, chunk)
+    ]
+    return np.concatenate(parts)

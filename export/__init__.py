@@ -1,0 +1,1 @@
+"""The export stage: a student becomes a quantized ONNX artifact that proves itself."""

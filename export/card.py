@@ -1,0 +1,104 @@
+"""The artifact's README: what it is, how to load it, and the numbers of this run."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distill.config import Recipe
+from distill.runs import Step
+
+from .manifest import GateEntry
+
+LOADING = """```python
+import onnxruntime_genai as og
+
+model = og.Model("{variant}")
+tokenizer = og.Tokenizer(model)
+params = og.GeneratorParams(model)
+params.set_search_options(do_sample=False, max_length=1024)
+generator = og.Generator(model, params)
+messages = '[{{"role": "user", "content": "{question}"}}]'
+generator.append_tokens(tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True)))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))
+```"""
+
+
+def write_card(
+    recipe: Recipe,
+    step: Step,
+    gates: Sequence[GateEntry],
+    summaries: Mapping[str, Mapping[str, Any]],
+    sizes: Mapping[str, int],
+) -> str:
+    """Markdown of the artifact's README.md."""
+    student = recipe.student
+    base = student.init if student else (recipe.export.model if recipe.export else "")
+    lines = [
+        f"# {recipe.name}",
+        "",
+        f"A student distilled with `distill` from `{base}`, as ONNX for onnxruntime-genai. One folder a variant.",
+        "",
+        "| variant | MB | accuracy | 95% interval | mean tokens | stops |",
+        "|---|---|---|---|---|---|",
+        *(_row(variant, size, summaries.get(variant)) for variant, size in sizes.items()),
+        "",
+        *_upstream_accuracy(step),
+        "## Gates",
+        "",
+        "| variant | gate | status | value | limit | detail |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {g.variant} | {g.name} | {g.status.replace('_', ' ')} | {_number(g.value)} | {_number(g.limit)} "
+            f"| {g.detail} |"
+            for g in gates
+        ),
+        "",
+        "## Use",
+        "",
+        LOADING.format(variant=next(iter(reversed(list(sizes)))), question="What is 12 + 30?"),
+        "",
+        "`distill verify` on this folder re-checks every file's sha256 and the golden prompts.",
+        "",
+        "## Origin",
+        "",
+        f"- base: `{base}`, licence: {(student.licence if student else None) or 'not stated in the recipe'}",
+        f"- teacher: {_teacher(recipe)}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _row(variant: str, size: int, summary: Mapping[str, Any] | None) -> str:
+    if not summary or not summary.get("available"):
+        return f"| {variant} | {size / 1e6:,.1f} | not evaluated | | | |"
+    interval = f"{summary['accuracy_low']:.1%} to {summary['accuracy_high']:.1%}"
+    return (
+        f"| {variant} | {size / 1e6:,.1f} | {summary['accuracy']:.1%} | {interval} |"
+        f" {summary['mean_tokens']:.0f} | {summary['stop_rate']:.1%} |"
+    )
+
+
+def _upstream_accuracy(step: Step) -> list[str]:
+    """Accuracy of the torch models on the same problems."""
+    lines = []
+    for model in ("base", "student"):
+        if model in step.upstream:
+            counts = step.result(model).counts
+            if counts.get("available"):
+                lines.append(
+                    f"- {model} in torch: {counts['accuracy']:.1%}"
+                    f" ({counts['accuracy_low']:.1%} to {counts['accuracy_high']:.1%}), {counts['problems']} problems"
+                )
+    return [*lines, ""] if lines else []
+
+
+def _teacher(recipe: Recipe) -> str:
+    teacher = recipe.teacher
+    if teacher is None:
+        return "none"
+    return f"`{teacher.engine}` {teacher.model}, licence: {teacher.licence or 'not stated in the recipe'}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,417 @@
+"""Build the ONNX graph of a checkpoint: one folder a variant, which onnxruntime-genai loads by itself.
+
+onnxruntime-genai's model builder makes the graph, behind the one function `run_builder`. It ignores what it does not
+know, so nothing it was asked for is believed: `check_graph` reads the graph that came out (kernels, bits, block size,
+attention, shared embedding) and refuses any other. The builder's own copies of tokenizer and generation settings are
+replaced by the checkpoint's, so that all files agree on the vocabulary and on the tokens that end a text.
+Nothing here runs the graph: see `parity` and `distill.onnx_decoding`.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distill.errors import ExportError, MissingExtraError
+from distill.models import find_model, load_config, load_tokenizer
+from distill.records import write_json
+from distill.runs import PARTIAL
+
+MODEL_FILE = "model.onnx"
+RUNTIME_FILE = "genai_config.json"
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHECKPOINT_FILES = (
+    "config.json",
+    GENERATION_FILE,
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""What a variant takes over from the checkpoint unchanged, where it is there."""
+
+LONGEST_DEFAULT = 8192
+"""Default `max_length`: the runtime reserves its key/value cache for it, which a context of 128k would not survive."""
+
+ROPE_TYPES = {"llama": ("default", "llama3"), "qwen2": ("default",), "qwen3": ("default",)}
+"""Rotary scalings that the builder really carries over, by family; it drops others without a word."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weights of a variant are stored. Matrices only: norms, biases and rotary tables stay fp32."""
+
+    body_bits: int = 32
+    """Bits of the decoder layers' matrices; 32 keeps them fp32."""
+    head_bits: int = 32
+    """Bits of the output head, and of the embedding where the two are tied."""
+    block_size: int = 32
+    """Weights that share one scale."""
+    symmetric: bool = True
+    """Whether blocks have no zero point of their own."""
+    accuracy_level: int = 4
+    """MatMulNBits: 4 also rounds activations to int8, which is what makes it fast; 0 keeps them fp32."""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any matrix is stored in fewer than 32 bits."""
+        return self.body_bits < 32
+
+
+VARIANTS: dict[str, Scheme] = {
+    "fp32": Scheme(),
+    "int8": Scheme(body_bits=8, head_bits=8),
+    # An int4 head costs a 135M model more than the 14 MB it saves are worth: every token is chosen by it.
+    "int4": Scheme(body_bits=4, head_bits=8, symmetric=False),
+}
+
+
+class Matrix(NamedTuple):
+    """One weight matrix as the graph computes with it."""
+
+    name: str
+    """Node name without the quantizer's suffix: `/model/layers.0/attn/o_proj/MatMul`."""
+    bits: int
+    rows: int
+    """K: inputs."""
+    columns: int
+    """N: outputs."""
+
+
+def build_variant(checkpoint: Path, variant: str, folder: Path) -> None:
+    """Export a transformers checkpoint as `variant` into a new `folder`.
+
+    The checkpoint is a Llama, Qwen2 or Qwen3 with its tokenizer, in fp32 or bf16 safetensors. `folder` gets
+    model.onnx with its external data, genai_config.json, config.json, generation_config.json and the tokenizer's
+    files; it appears complete or not at all (a build in progress lies in `folder.part`). Needs no network.
+    Raises ExportError if the variant or the model is not supported, the checkpoint's files disagree on the end
+    tokens, or the graph that came out is not the one asked for; ModelError if the checkpoint cannot be read.
+    """
+    if variant not in VARIANTS:
+        raise ExportError(f"variant {variant!r} is not known; choose from {', '.join(VARIANTS)}")
+    if folder.exists() and any(folder.iterdir()):
+        raise ExportError(f"{folder}: is there already; remove it to build {variant} again")
+    scheme = VARIANTS[variant]
+    source = find_model(str(checkpoint))
+    config = load_config(source)
+    refuse_unsupported(config, str(checkpoint))
+    end_ids = end_token_ids(checkpoint, config, load_tokenizer(source).eos_token_id)
+    part = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(part, ignore_errors=True)
+    run_builder(checkpoint, config, scheme, part)
+    check_graph(part, config, scheme)
+    take_over_files(checkpoint, part, config)
+    write_runtime_config(part, config, end_ids)
+    os.replace(part, folder)
+
+
+# --- the builder ------------------------------------------------------------------------------------------------------
+
+
+def refuse_unsupported(config: Any, name: str) -> None:
+    """Raise ExportError for what the builder would drop silently: other rotary scalings, sliding windows."""
+    rope = dict(config.rope_parameters or {})
+    known = ROPE_TYPES[config.model_type]
+    if rope.get("rope_type", "default") not in known:
+        raise ExportError(
+            f"{name}: rotary scaling {rope['rope_type']!r} of a {config.model_type} model is not exported;"
+            f" supported: {', '.join(known)}"
+        )
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ExportError(f"{name}: sliding-window attention is not exported; set use_sliding_window to false")
+    if config.hidden_act != "silu":
+        raise ExportError(f"{name}: activation {config.hidden_act!r} is not exported; supported: silu")
+
+
+def run_builder(checkpoint: Path, config: Any, scheme: Scheme, folder: Path) -> None:
+    """Let onnxruntime-genai's builder write graph, weights and its configuration for the CPU into `folder`.
+
+    Raises ExportError with the builder's last words if it fails.
+    """
+    builder = _import_builder()
+    precision, target = (
+        ("int4", {"quant_config": _quantization(config, scheme)}) if scheme.quantized else ("fp32", None)
+    )
+    log = io.StringIO()
+    with tempfile.TemporaryDirectory() as cache, _quietly(log):
+        fixed = (None, str(checkpoint), str(folder), precision, "cpu", cache)
+        try:
+            options = builder.parse_extra_options(*fixed, ["hf_token=false"], target_options=target)
+            builder.create_model(*fixed, **options)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            words = str(error) or (log.getvalue().strip().splitlines() or [""])[-1]
+            raise ExportError(
+                f"{checkpoint}: onnxruntime-genai's builder failed: {type(error).__name__}: {words}"
+            ) from error
+
+
+def _import_builder() -> Any:
+    # Telemetry is on by default in these wheels and is decided at import.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        with _quietly(io.StringIO()):
+            from onnxruntime_genai.models import builder
+    except ImportError as error:
+        raise MissingExtraError(error.name or "onnxruntime-genai", "export") from error
+    return builder
+
+
+def _quantization(config: Any, scheme: Scheme) -> dict[str, Any]:
+    """The builder's structured quantization options for a scheme.
+
+    The base type is always 4 bits, with matrices of more bits named one by one: only then does the builder let a
+    tied embedding share the head's quantized table (its own int8 keeps a second, fp32 copy of it).
+    """
+    wide = dict.fromkeys(_body_names(config), scheme.body_bits) | {"/lm_head/MatMul": scheme.head_bits}
+    overrides = [{"match": {"name": name}, "type": f"int{bits}"} for name, bits in wide.items() if bits != 4]
+    weights = {
+        "type": "int4" if scheme.symmetric else "uint4",
+        "symmetric": scheme.symmetric,
+        "block_size": scheme.block_size,
+        "accuracy_level": scheme.accuracy_level,
+        "method": "rtn",
+        # Gather is the embedding. Untied, it stays fp32: the quantizer knows no 8-bit rows of its own.
+        "op_types": ["MatMul", "Gather"] if config.tie_word_embeddings else ["MatMul"],
+        "overrides": overrides,
+    }
+    return {"io_dtype": "fp32", "weights": weights}
+
+
+@contextlib.contextmanager
+def _quietly(log: io.StringIO) -> Iterator[None]:
+    """Keep the builder's prints, bars, warnings and its logging set-up away from the program that calls it."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    with warnings.catch_warnings(), contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            root.handlers[:] = handlers
+            root.setLevel(level)
+
+
+# --- what came out ----------------------------------------------------------------------------------------------------
+
+
+def _body_names(config: Any) -> list[str]:
+    return [
+        f"/model/layers.{layer}/{part}/MatMul"
+        for layer in range(config.num_hidden_layers)
+        for part in ("attn/qkv_proj", "attn/o_proj", "mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
+    ]
+
+
+def expected_matrices(config: Any, scheme: Scheme) -> list[Matrix]:
+    """Every matrix a graph of this model must have under a scheme: query, key and value are one."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    shapes = {
+        "qkv_proj": (hidden, queries + 2 * keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+    }
+    body = [Matrix(name, scheme.body_bits, *shapes[name.split("/")[-2]]) for name in _body_names(config)]
+    return [*body, Matrix("/lm_head/MatMul", scheme.head_bits, hidden, config.vocab_size)]
+
+
+def check_graph(folder: Path, config: Any, scheme: Scheme) -> None:
+    """Raise ExportError unless model.onnx is the graph of this model under this scheme, naming the first difference.
+
+    Checked: every matrix with its bits, block size, accuracy level and shape; one fused GroupQueryAttention a layer
+    with its heads, rotary embedding and no window; one table for tied embedding and head; no weight unused; inputs
+    and outputs that the runtime feeds. Weights are not read.
+    """
+    import onnx_ir
+
+    graph = onnx_ir.load(folder / MODEL_FILE).graph
+    nodes = list(graph)
+    _check_matrices([_matrix(node, scheme) for node in nodes if _is_weight_product(node)], config, scheme)
+    _check_attention([node for node in nodes if node.op_type == "GroupQueryAttention"], config)
+    _check_embedding([node for node in nodes if node.op_type in ("Gather", "GatherBlockQuantized")], config, scheme)
+    unused = sorted(name for name, value in graph.initializers.items() if not value.uses())
+    if unused:
+        raise ExportError(f"{folder}: {len(unused)} weights are in the file but not in the graph, first {unused[0]}")
+    _check_interface({v.name for v in graph.inputs}, {v.name for v in graph.outputs}, config)
+
+
+def _is_weight_product(node: Any) -> bool:
+    if node.op_type == "MatMul":
+        return node.inputs[1].const_value is not None
+    return node.op_type in ("MatMulNBits", "Gemm", "MatMulInteger", "QMoE", "MatMulBnb4")
+
+
+def _matrix(node: Any, scheme: Scheme) -> Matrix:
+    """A product with a weight as `Matrix`; raises ExportError for kernels and settings that were not asked for."""
+    name = node.name
+    if node.op_type == "MatMul":
+        rows, columns = node.inputs[1].shape
+        return Matrix(name, 32, int(rows), int(columns))
+    if node.op_type != "MatMulNBits":
+        raise ExportError(f"{name}: is a {node.op_type}; expected MatMul or MatMulNBits")
+    for key, wanted in (("block_size", scheme.block_size), ("accuracy_level", scheme.accuracy_level)):
+        found = _integer(node, key)
+        if found != wanted:
+            raise ExportError(f"{name}: has {key} {found}, asked for {wanted}: the builder ignored the option")
+    bits = _integer(node, "bits")
+    return Matrix(name.removesuffix(f"_Q{bits}"), bits, _integer(node, "K"), _integer(node, "N"))
+
+
+def _integer(node: Any, key: str) -> int:
+    attribute = node.attributes.get(key)
+    return attribute.as_int() if attribute is not None else 0
+
+
+def _check_matrices(found: list[Matrix], config: Any, scheme: Scheme) -> None:
+    wanted = {matrix.name: matrix for matrix in expected_matrices(config, scheme)}
+    for matrix in found:
+        if wanted.get(matrix.name) != matrix:
+            raise ExportError(
+                f"{matrix.name}: came out as {_described(matrix)}, expected {_described(wanted.get(matrix.name))}"
+            )
+    if missing := sorted(wanted.keys() - {matrix.name for matrix in found}):
+        raise ExportError(f"{missing[0]}: is missing from the graph ({len(missing)} of {len(wanted)} matrices are)")
+
+
+def _described(matrix: Matrix | None) -> str:
+    return f"{matrix.rows}x{matrix.columns} in {matrix.bits} bits" if matrix else "nothing of that name"
+
+
+def _check_attention(found: list[Any], config: Any) -> None:
+    if len(found) != config.num_hidden_layers:
+        raise ExportError(
+            f"attention is fused in {len(found)} of {config.num_hidden_layers} layers (GroupQueryAttention nodes)"
+        )
+    wanted = {"num_heads": config.num_attention_heads, "kv_num_heads": config.num_key_value_heads, "do_rotary": 1}
+    for node in found:
+        for key, value in wanted.items():
+            if _integer(node, key) != value:
+                raise ExportError(f"{node.name}: has {key} {_integer(node, key)}, expected {value}")
+        if _integer(node, "local_window_size") > 0:
+            raise ExportError(f"{node.name}: attends to a window of {_integer(node, 'local_window_size')} tokens only")
+
+
+def _check_embedding(gathers: list[Any], config: Any, scheme: Scheme) -> None:
+    """A tied model has one table: the embedding reads the head's weights, at the head's bits."""
+    found = [node for node in gathers if node.name.startswith("/model/embed_tokens/")]
+    if len(found) != 1:
+        raise ExportError(f"{len(found)} embedding lookups in the graph; expected one")
+    bits = _integer(found[0], "bits") if found[0].op_type == "GatherBlockQuantized" else 32
+    wanted = scheme.head_bits if config.tie_word_embeddings else 32
+    if bits != wanted:
+        raise ExportError(f"{found[0].name}: the embedding has {bits} bits, expected {wanted}")
+    if not config.tie_word_embeddings:
+        return
+    table = found[0].inputs[0]
+    while table.const_value is None and table.producer() is not None:
+        table = table.producer().inputs[0]
+    if not str(table.name).startswith("lm_head."):
+        raise ExportError(f"{found[0].name}: reads its own table {table.name}; a tied model shares the head's")
+
+
+def _check_interface(inputs: set[str | None], outputs: set[str | None], config: Any) -> None:
+    caches = [f"{layer}.{kind}" for layer in range(config.num_hidden_layers) for kind in ("key", "value")]
+    wanted_inputs = {"input_ids", "attention_mask", *(f"past_key_values.{cache}" for cache in caches)}
+    wanted_outputs = {"logits", *(f"present.{cache}" for cache in caches)}
+    for what, found, wanted in (("inputs", inputs, wanted_inputs), ("outputs", outputs, wanted_outputs)):
+        if found != wanted:
+            raise ExportError(
+                f"the graph's {what} differ from what the runtime feeds: {sorted(map(str, found ^ wanted))}"
+            )
+
+
+# --- files beside the graph -------------------------------------------------------------------------------------------
+
+
+def end_token_ids(checkpoint: Path, config: Any, tokenizer_end: int | None) -> list[int]:
+    """The ids that end a text, as generation_config.json says (config.json where there is none).
+
+    Raises ExportError if there are none, or if the tokenizer's own end token is not among them: one runtime would
+    then stop where another goes on.
+    """
+    path = checkpoint / GENERATION_FILE
+    given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    given = config.eos_token_id if given is None else given
+    if given is None:
+        raise ExportError(f"{checkpoint}: names no end token; set eos_token_id in {GENERATION_FILE}")
+    ids = [int(one) for one in (given if isinstance(given, list) else [given])]
+    if tokenizer_end is not None and tokenizer_end not in ids:
+        raise ExportError(
+            f"{checkpoint}: the tokenizer ends texts with id {tokenizer_end}, {GENERATION_FILE} with {ids};"
+            " make eos_token_id name both"
+        )
+    return ids
+
+
+def take_over_files(checkpoint: Path, folder: Path, config: Any) -> None:
+    """Put the checkpoint's own tokenizer and configuration beside the graph, byte for byte.
+
+    One value changes: a tokenizer's `model_max_length` of 1e30 ("no limit") becomes the model's context. A
+    checkpoint without generation_config.json gets one with its special tokens.
+    """
+    for name in CHECKPOINT_FILES:
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, folder / name)
+    if (folder / TOKENIZER_CONFIG).is_file():
+        settings = _read_json(folder / TOKENIZER_CONFIG)
+        limit = min(settings.get("model_max_length") or config.max_position_embeddings, config.max_position_embeddings)
+        write_json(folder / TOKENIZER_CONFIG, settings | {"model_max_length": int(limit)})
+    if not (folder / GENERATION_FILE).is_file():
+        ids = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        write_json(folder / GENERATION_FILE, {key: value for key, value in ids.items() if value is not None})
+
+
+def write_runtime_config(folder: Path, config: Any, end_ids: list[int]) -> None:
+    """Make genai_config.json agree with the checkpoint: same end ids, greedy by default, a bounded length.
+
+    Threads are left out on purpose: they belong to the machine that loads the artifact.
+    """
+    settings = _read_json(folder / RUNTIME_FILE)
+    settings["model"]["eos_token_id"] = end_ids if len(end_ids) > 1 else end_ids[0]
+    settings["search"] |= {
+        "do_sample": False,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "max_length": min(config.max_position_embeddings, LONGEST_DEFAULT),
+    }
+    write_json(folder / RUNTIME_FILE, settings)
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def weight_bytes(folder: Path) -> Mapping[str, int]:
+    """Bytes of the weights by part: `head` (with a tied embedding), `embedding`, `body`, `rest` (norms, rotary)."""
+    import onnx_ir
+
+    sizes = {"head": 0, "embedding": 0, "body": 0, "rest": 0}
+    for name, value in onnx_ir.load(folder / MODEL_FILE).graph.initializers.items():
+        if value.const_value is not None:
+            sizes[_part_of(name)] += value.const_value.nbytes
+    return sizes
+
+
+def _part_of(name: str) -> str:
+    if name.startswith("lm_head."):
+        return "head"
+    if name.startswith("model.embed_tokens."):
+        return "embedding"
+    return "body" if ".MatMul." in name else "rest"

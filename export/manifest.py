@@ -1,0 +1,289 @@
+"""The manifest of an artifact: what it is, what made it, what it was held against, and the sha256 of every file.
+
+`manifest.json` lies on top of the artifact's folder and names every other file in it. `verify_files` is the first thing
+to run on an artifact that came from elsewhere, so it trusts nothing: names, sizes, links and JSON are bounded and
+checked before anything is read, and no heavy library is loaded. Numbers that change from run to run (times, speeds)
+live in `measured`, which `result_digest` leaves out.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from distill.errors import ArtifactError
+from distill.records import digest_json, write_json
+from distill.runs import file_digest
+
+MANIFEST_FILE = "manifest.json"
+CARD_FILE = "README.md"
+LARGEST_MANIFEST = 16 << 20
+"""Bytes of manifest.json that are read at most: golden prompts of a few thousand tokens fit a hundred times."""
+DEEPEST_FOLDER = 8
+
+GateStatus = Literal["passed", "failed", "not_run"]
+VariantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+"""Also the name of a sub-folder, so it can be nothing but a plain word."""
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True, allow_inf_nan=False
+    )
+
+
+class ModelOrigin(_Part):
+    """A model that the artifact comes from."""
+
+    id: str
+    """Hub id, package or folder name; for the student its run."""
+    revision: str | None = None
+    """Commit or digest of its weights."""
+    licence: str | None = None
+    """SPDX expression or the licence's own name; None where unknown."""
+
+
+class Origins(_Part):
+    """Whose weights and words are in the artifact."""
+
+    student: ModelOrigin
+    base: ModelOrigin | None = None
+    teacher: ModelOrigin | None = None
+
+
+class FileEntry(_Part):
+    """One file of the artifact."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
+
+
+class GateEntry(_Part):
+    """One check against a limit, and how it ended. Not run is never passed."""
+
+    name: str
+    variant: VariantName | None = None
+    status: GateStatus
+    value: float | None = None
+    """What was measured; None where it could not be."""
+    limit: float | None = None
+    unit: str = ""
+    detail: str = ""
+    """Why it failed or was not run, or what else should be known."""
+
+
+class GoldenPrompt(_Part):
+    """A prompt whose greedy continuation the artifact must reproduce."""
+
+    variant: VariantName
+    prompt_ids: tuple[TokenId, ...] = Field(min_length=1)
+    expected_ids: tuple[TokenId, ...] = Field(min_length=1)
+    """New tokens, the end token included where it was reached."""
+
+
+class Draft(_Part):
+    """A manifest before its files are hashed."""
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    name: str
+    variants: tuple[VariantName, ...] = Field(min_length=1)
+    """Sub-folders that hold one loadable graph each."""
+    origins: Origins
+    tools: dict[str, str] = {}
+    """Versions of the libraries that made the files."""
+    options: dict[str, Any] = {}
+    """Export options, as far as they shape the files."""
+    gates: tuple[GateEntry, ...] = ()
+    golden: tuple[GoldenPrompt, ...] = ()
+    measured: dict[str, Any] = {}
+    """Times, speeds and everything else that may differ between equal runs."""
+
+    @model_validator(mode="after")
+    def _variants_are_known(self) -> Self:
+        named = {gate.variant for gate in self.gates if gate.variant} | {golden.variant for golden in self.golden}
+        if unknown := sorted(named - set(self.variants)):
+            raise ValueError(f"gates or golden prompts of {unknown[0]!r}, which is not among the variants")
+        return self
+
+
+class Manifest(Draft):
+    """The content of manifest.json."""
+
+    files: dict[str, FileEntry]
+    """Every file of the folder but the manifest itself, by relative POSIX path."""
+
+
+def write_manifest(folder: Path, draft: Draft) -> Manifest:
+    """Hash every file in `folder` and write manifest.json beside them, complete or not at all.
+
+    Raises ArtifactError if a file could not be shipped under its name: a link out of the folder, an unportable name.
+    """
+    files = {name: _entry(folder / name) for name in _list_files(folder)}
+    manifest = Manifest(**dict(draft), files=files)
+    write_json(folder / MANIFEST_FILE, manifest.model_dump(mode="json", by_alias=True))
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the artifact in `folder`.
+
+    Raises ArtifactError, in one line, if it is absent, a link, larger than 16 MB, not JSON, or not a manifest of
+    this schema. The files are not looked at.
+    """
+    path = folder / MANIFEST_FILE
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: no such folder; give the folder that holds {MANIFEST_FILE}")
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder}: has no {MANIFEST_FILE}; not an artifact, or not a complete one") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ArtifactError(f"{path}: is not a regular file")
+    if status.st_size > LARGEST_MANIFEST:
+        raise ArtifactError(f"{path}: has {status.st_size:,} bytes; a manifest has at most {LARGEST_MANIFEST:,}")
+    return _parse(path, path.read_bytes())
+
+
+def verify_files(folder: Path) -> Manifest:
+    """Check that `folder` holds exactly the files of its manifest, unchanged; the manifest, for further checks.
+
+    Raises ArtifactError naming the first problem and how many there are. Sizes are compared before anything is
+    hashed. Loads neither torch nor transformers nor onnxruntime.
+    """
+    manifest = read_manifest(folder)
+    problems = list(_problems(folder, manifest))
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ArtifactError(f"{folder}: {problems[0]}{more}")
+    return manifest
+
+
+def result_digest(manifest: Manifest) -> str:
+    """sha256 (hex) of everything that equal runs must agree on.
+
+    That is the manifest without `measured`, and without the hash of the card, which repeats measured numbers.
+    """
+    content = manifest.model_dump(mode="json", by_alias=True, exclude={"measured"})
+    content["files"].pop(CARD_FILE, None)
+    return digest_json(content)
+
+
+# --- reading what may be hostile --------------------------------------------------------------------------------------
+
+
+def _parse(path: Path, text: bytes) -> Manifest:
+    try:
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        schema = content.get("schema") if isinstance(content, dict) else None
+        if schema != 1:
+            raise ArtifactError(f"{path}: has schema {schema!r}; this version reads schema 1")
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part)[:80] for part in first["loc"]) or "top level"
+        raise ArtifactError(f"{path}: {where}: {first['msg']} ({error.error_count()} in all)") from error
+    except RecursionError as error:
+        raise ArtifactError(f"{path}: is nested too deeply") from error
+    except ArtifactError:
+        raise
+    except ValueError as error:
+        raise ArtifactError(f"{path}: is not a JSON document: {error}") from error
+    for name in manifest.files:
+        if reason := _bad_name(name):
+            raise ArtifactError(f"{path}: file name {name[:120]!r} {reason}")
+    return manifest
+
+
+def _no_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a key appears twice in one object")
+    return content
+
+
+def _no_constant(word: str) -> Any:
+    raise ValueError(f"{word} is not a JSON number")
+
+
+def _bad_name(name: str) -> str | None:
+    """What is wrong with a relative file name; None for one that means the same inside any folder on any system."""
+    if not name or any(ord(c) < 32 or c in '\\:*?"<>|' for c in name):
+        return "has characters that a portable name has not"
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        return "leads out of the folder"
+    if str(path) != name or name == ".":
+        return "is not in its plain form"
+    if name == MANIFEST_FILE:
+        return "is the manifest itself, which cannot hold its own hash"
+    return None
+
+
+def _list_files(folder: Path) -> list[str]:
+    """Sorted relative names of all files but the manifest; raises ArtifactError for what an artifact may not hold."""
+    names = sorted(name for name in _walk(folder, "", 0) if name != MANIFEST_FILE)
+    for name in names:
+        if reason := _bad_name(name):
+            raise ArtifactError(f"{folder}: file name {name!r} {reason}")
+    return names
+
+
+def _walk(folder: Path, prefix: str, depth: int) -> Iterator[str]:
+    """Relative names of the files below `folder`, which are regular files or links to such within it."""
+    if depth > DEEPEST_FOLDER:
+        raise ArtifactError(f"{folder}: {prefix}: folders are nested too deeply")
+    with os.scandir(folder / prefix) as entries:
+        for entry in entries:
+            name = f"{prefix}{entry.name}"
+            if entry.is_symlink():
+                _check_link(Path(entry.path), name, folder)
+                yield name
+            elif entry.is_dir():
+                yield from _walk(folder, f"{name}/", depth + 1)
+            elif entry.is_file():
+                yield name
+            else:
+                raise ArtifactError(f"{folder}: {name} is neither a file nor a folder")
+
+
+def _check_link(path: Path, name: str, folder: Path) -> None:
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop, before Python 3.13
+        raise ArtifactError(f"{folder}: {name} is a link to no file") from error
+    if not target.is_relative_to(folder.resolve()):
+        raise ArtifactError(f"{folder}: {name} is a link that leads out of the folder")
+    if not target.is_file():
+        raise ArtifactError(f"{folder}: {name} is a link to no file")
+
+
+def _problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """One line for each file that is missing, not listed, or not the one that was listed."""
+    found = set(_list_files(folder))
+    yield from (f"{name} is missing" for name in sorted(manifest.files.keys() - found))
+    yield from (f"{name} is not in the manifest" for name in sorted(found - manifest.files.keys()))
+    for name in sorted(found & manifest.files.keys()):
+        if reason := _changed(folder / name, manifest.files[name]):
+            yield f"{name} {reason}"
+    yield from (f"{variant}/ is a variant without files" for variant in _empty_variants(manifest))
+
+
+def _changed(path: Path, entry: FileEntry) -> str | None:
+    size = path.stat().st_size
+    if size != entry.bytes:
+        return f"was changed: it has {size:,} bytes, the manifest says {entry.bytes:,}"
+    found = file_digest(path)
+    return None if found == entry.sha256 else f"was changed: its sha256 is {found[:12]}…, not {entry.sha256[:12]}…"
+
+
+def _empty_variants(manifest: Manifest) -> list[str]:
+    return [v for v in manifest.variants if not any(name.startswith(f"{v}/") for name in manifest.files)]
+
+
+def _entry(path: Path) -> FileEntry:
+    return FileEntry(sha256=file_digest(path), bytes=path.stat().st_size)

@@ -1,0 +1,1 @@
+"""The student stage: traces in, a small Llama or Qwen checkpoint out."""

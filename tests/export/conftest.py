@@ -1,0 +1,72 @@
+"""Tiny students whose every parameter matters, and their exported variants; each is made once a session."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Student = Callable[..., Path]
+Variant = Callable[..., Path]
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+def save_student(template: Path, folder: Path, tied: bool = True, dtype: str = "float32", **changes: Any) -> Path:
+    """A random model like the one in `template`, with large weights, so that its texts vary and no bias is zero."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(template, tie_word_embeddings=tied, **changes)
+    generator = torch.Generator().manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.15 * noise)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(template).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def student(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Student:
+    """A function from a family and the changes wanted to a saved checkpoint; never change what it returns."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def find(family: str = "llama", **changes: Any) -> Path:
+        key = (family, *sorted(changes.items()))
+        if key not in made:
+            made[key] = save_student(tiny_model(family), tmp_path_factory.mktemp(f"student-{family}"), **changes)
+        return made[key]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def exported(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Variant:
+    """A function from family, variant and changes to the folder of an exported variant; never change it either."""
+    from distill.export.graph import build_variant
+
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def find(family: str = "llama", variant: str = "fp32", **changes: Any) -> Path:
+        key = (family, variant, *sorted(changes.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(f"{family}-artifact") / variant
+            build_variant(student(family, **changes), variant, made[key])
+        return made[key]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def torch_student(student: Student) -> Callable[..., Any]:
+    """A function from a family to its student as torch runs it, in fp32: the reference."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def load(family: str = "llama", **changes: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(student(family, **changes), dtype=torch.float32).eval()
+
+    return load

@@ -1,0 +1,235 @@
+"""Reasoning formats: every dialect is read into fields, and what is rendered reads back as the same fields."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from distill.config import FormatConfig
+from distill.errors import FormatError, ModelError
+from distill.format import (
+    Parsed,
+    check_markers_survive,
+    check_round_trip,
+    encode_document,
+    encode_prompt,
+    opens_reasoning,
+    parse_completion,
+    parse_fields,
+    render_completion,
+    render_prompt,
+    set_template,
+)
+from distill.records import Message
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|pad|>"]
+ASKED = [Message(role="user", content="What is 2 + 2?")]
+TEXT = st.text(max_size=60).map(str.strip)
+MARKERS = st.sampled_from([("<think>", "</think>"), ("<|begin|>", "<|end|>"), ("[思", "思]")])
+
+
+def build_tokenizer(split_words: bool = True, template: str | None = CHATML, pad: str = "<|pad|>") -> Any:
+    """A byte-level BPE of a few hundred merges, as real ones are; `split_words=False` lets merges cross words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    lines = [f"{a} + {b} = {a + b}\n\nThe answer is {a + b}.\n\n" for a in range(20) for b in range(20)]
+    inner.train_from_iterator([*lines, "<think>\nAdd them.\n</think>\n\n"] * 2, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token=pad, chat_template=template
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def r1_tokenizer() -> Any:
+    made = build_tokenizer(template=None)
+    set_template(made, FormatConfig(template="r1"))
+    return made
+
+
+# --- parsing: the dialects ------------------------------------------------------------------------------------------
+
+DIALECTS = {
+    "opened and closed": ("<think>\nAdd.\n</think>\n\n4", Parsed("Add.", "4", "closed")),
+    "opened by the prompt": ("Add.\n</think>\n\n4", Parsed("Add.", "4", "closed")),
+    "prompt repeated before it": ("What is 2 + 2?\n<think>\nAdd.\n</think>4", Parsed("Add.", "4", "closed")),
+    "nothing thought": ("<think>\n\n</think>\n\n4", Parsed("", "4", "empty")),
+    "cut off while thinking": ("<think>\nAdd, and then", Parsed("Add, and then", "", "unclosed")),
+    "split on the last closing marker": (
+        "<think>a</think>b</think>c",
+        Parsed("a</think>b", "c", "multiple"),
+    ),
+    "closed, but no answer": ("<think>Add.</think>", Parsed("Add.", "", "closed")),
+    "words on lines of their own": ("think\nAdd.\nanswer\n4", Parsed("Add.", "4", "closed")),
+    "words in capitals": ("Thinking\nAdd.\n\nAnswer\n4\n", Parsed("Add.", "4", "closed")),
+    "no markers": ("The answer is 4.", Parsed(None, "The answer is 4.", "absent")),
+    "words within a sentence are no markers": ("I think\nanswer\n4", Parsed(None, "I think\nanswer\n4", "absent")),
+    "empty": ("", Parsed(None, "", "absent")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_each_dialect_is_read_into_its_fields(name: str) -> None:
+    text, expected = DIALECTS[name]
+    assert parse_completion(text) == expected
+
+
+def test_text_without_a_closing_marker_is_reasoning_if_the_prompt_opened_it() -> None:
+    assert parse_completion("Add, and then", opened=True) == Parsed("Add, and then", "", "unclosed")
+    assert parse_completion("Add, and then") == Parsed(None, "Add, and then", "absent")
+
+
+def test_a_format_without_markers_is_all_answer() -> None:
+    assert parse_completion("<think>a</think>b", markers=False) == Parsed(None, "<think>a</think>b", "absent")
+
+
+def test_separate_fields_are_read_and_markers_in_the_content_are_a_fall_back() -> None:
+    assert parse_fields(" Add. \n", " 4 ") == Parsed("Add.", "4", "closed")
+    assert parse_fields("Add", None) == Parsed("Add", "", "unclosed")
+    assert parse_fields(None, "<think>Add.</think>4") == Parsed("Add.", "4", "closed")
+    assert parse_fields(None, "4") == Parsed(None, "4", "absent")
+    assert parse_fields("", "4") == Parsed("", "4", "empty")
+
+
+# --- rendering reads back -------------------------------------------------------------------------------------------
+
+
+@given(TEXT, TEXT, MARKERS, st.booleans())
+def test_what_is_rendered_reads_back_as_the_same_fields(
+    reasoning: str, answer: str, markers: tuple[str, str], opened: bool
+) -> None:
+    assume(not any(marker in reasoning + answer for marker in markers))
+    config = FormatConfig(open_marker=markers[0], close_marker=markers[1])
+    prompt = f"User: 2 + 2?\n\nAssistant: {markers[0]}\n" if opened else "User: 2 + 2?\n\nAssistant: "
+    text = render_completion(reasoning, answer, prompt, config)
+    parsed = parse_completion(text, *markers, opened=opens_reasoning(prompt, config))
+    assert parsed == Parsed(reasoning, answer, "closed" if reasoning else "empty")
+    assert text.count(markers[0]) == (0 if opened else 1), "the opening marker is written once, by prompt or completion"
+
+
+@given(TEXT)
+def test_an_answer_without_reasoning_reads_back_as_it_is(answer: str) -> None:
+    assume("think" not in answer.casefold())
+    config = FormatConfig()
+    assert parse_completion(render_completion(None, answer, "Assistant: ", config)) == Parsed(None, answer, "absent")
+
+
+def test_a_completion_is_written_as_r1_writes_it() -> None:
+    config = FormatConfig()
+    assert render_completion("Add.", "4", "Assistant: ", config) == "<think>\nAdd.\n</think>\n\n4"
+    assert render_completion("Add.", "4", "Assistant: <think>\n", config) == "Add.\n</think>\n\n4"
+    assert render_completion("Add.", "4", "Assistant: <think>", config) == "\nAdd.\n</think>\n\n4"
+
+
+def test_a_trace_without_reasoning_is_refused_where_the_prompt_opens_it() -> None:
+    with pytest.raises(FormatError, match="opens the reasoning, but this trace has none"):
+        render_completion(None, "4", "Assistant: <think>\n", FormatConfig())
+
+
+# --- prompts and templates ------------------------------------------------------------------------------------------
+
+
+def test_the_prompt_is_the_templates_own_text(tokenizer: Any, r1_tokenizer: Any) -> None:
+    system = FormatConfig(system="Be brief.")
+    chatml = "<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    assert render_prompt(tokenizer, ASKED, FormatConfig()) == chatml
+    assert render_prompt(tokenizer, ASKED, system) == "<|im_start|>system\nBe brief.<|im_end|>\n" + chatml
+    r1 = "User: What is 2 + 2?\n\nAssistant: <think>\n"
+    assert render_prompt(r1_tokenizer, ASKED, FormatConfig()) == "<|im_start|>" + r1
+    assert render_prompt(r1_tokenizer, ASKED, system) == "<|im_start|>Be brief.\n\n" + r1
+
+
+def test_a_template_comes_from_the_tokenizer_from_us_or_from_a_file(tmp_path: Path) -> None:
+    bare = build_tokenizer(template=None)
+    with pytest.raises(FormatError, match=r"no chat template; set format\.template=r1"):
+        set_template(bare, FormatConfig())
+    (tmp_path / "mine.jinja").write_text("Q: {{ messages[-1]['content'] }}\nA:")
+    set_template(bare, FormatConfig(template=str(tmp_path / "mine.jinja")))
+    assert render_prompt(bare, ASKED, FormatConfig()) == "Q: What is 2 + 2?\nA:"
+    with pytest.raises(FormatError, match=r"none\.jinja cannot be read"):
+        set_template(bare, FormatConfig(template=str(tmp_path / "none.jinja")))
+
+
+def test_a_template_that_refuses_a_message_says_so() -> None:
+    strict = build_tokenizer(template="{{ raise_exception('no system turns') }}")
+    with pytest.raises(FormatError, match="no system turns"):
+        render_prompt(strict, ASKED, FormatConfig())
+
+
+# --- token ids ------------------------------------------------------------------------------------------------------
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.text(max_size=40), TEXT, TEXT, st.sampled_from(["keep", "r1"]))
+def test_a_document_starts_with_the_ids_that_inference_sends_and_ends_in_the_end_token(
+    tokenizer: Any, r1_tokenizer: Any, question: str, reasoning: str, answer: str, template: str
+) -> None:
+    chosen, config = (r1_tokenizer if template == "r1" else tokenizer), FormatConfig(template=template)
+    messages = [Message(role="user", content=question)]
+    prompt = render_prompt(chosen, messages, config)
+    document = encode_document(chosen, messages, reasoning, answer, config)
+    assert document.ids[: document.prompt_tokens] == encode_prompt(chosen, prompt)
+    assert document.ids[-1] == chosen.eos_token_id
+    check_round_trip(chosen, document, render_completion(reasoning, answer, prompt, config))
+
+
+def test_padding_with_the_end_token_leaves_the_end_supervised(tokenizer: Any) -> None:
+    same = build_tokenizer(pad="<|im_end|>")
+    assert same.pad_token_id == same.eos_token_id != tokenizer.pad_token_id
+    document = encode_document(same, ASKED, "Add.", "4", FormatConfig())
+    assert document == encode_document(tokenizer, ASKED, "Add.", "4", FormatConfig())
+    # the prompt holds the same token at the end of the user's turn: only the position tells the two apart
+    places = [index for index, token in enumerate(document.ids) if token == same.eos_token_id]
+    assert len(places) == 2
+    assert places[0] < document.prompt_tokens <= places[1] == len(document.ids) - 1
+
+
+def test_a_tokenizer_that_merges_across_the_seam_is_noticed_and_the_prefix_still_holds() -> None:
+    merging = build_tokenizer(split_words=False)
+    clean = encode_document(merging, ASKED, None, "4", FormatConfig())
+    torn = encode_document(merging, ASKED, None, "\nThe answer is 4.", FormatConfig())  # joint: `\n\n` is one token
+    assert not clean.seam_differs and torn.seam_differs
+    assert torn.ids[: torn.prompt_tokens] == clean.ids[: clean.prompt_tokens]
+
+
+def test_a_document_needs_an_end_token() -> None:
+    endless = build_tokenizer()
+    endless.eos_token = None
+    with pytest.raises(FormatError, match="no end token"):
+        encode_document(endless, ASKED, "Add.", "4", FormatConfig())
+
+
+def test_text_that_does_not_come_back_from_its_ids_is_refused(tokenizer: Any) -> None:
+    document = encode_document(tokenizer, ASKED, "Add.", "4", FormatConfig())
+    check_round_trip(tokenizer, document, "<think>\nAdd.\n</think>\n\n4")
+    with pytest.raises(FormatError, match="expected '5', decoded '4'"):
+        check_round_trip(tokenizer, document, "<think>\nAdd.\n</think>\n\n5")
+
+
+def test_a_tokenizer_that_cannot_write_the_markers_is_refused(tokenizer: Any) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    check_markers_survive(tokenizer, FormatConfig())
+    inner = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(ModelError, match="cannot write '</think>'"):
+        check_markers_survive(PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]"), FormatConfig())
