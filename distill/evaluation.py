@@ -5,21 +5,22 @@ batch by batch and batches are cut from the whole list, so a killed evaluation g
 the part that other stages call (the export's task gate); `run` is the stage.
 """
 
-import asyncio
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distill.config import Evaluate, Recipe
-from distill.engines import Completion, Engine, Request, open_engine
+from distill.config import Evaluate, PromptSource, Recipe
+from distill.engines import Completion, Engine, Request, open_engine, run_async, sample_seed
 from distill.errors import DataError
 from distill.models import find_model, load_config
+from distill.plan import set_sources
 from distill.progress import progress
 from distill.records import Item, Prompt, RecordLog, Teacher, Trace, digest_json, read_records, write_json
 from distill.runs import RunOptions, Step, open_run
 from distill.statistics import Interval, accuracy, paired_difference
+from distill.verifiers import resolve
 from distill.verifiers.pool import VerifierPool
 
 ITEMS = "items.jsonl"
@@ -42,7 +43,8 @@ def run(recipe: Recipe, step: Step, options: RunOptions) -> None:
     prompts = set_prompts(recipe.evaluate, set_name, step.result("prompts").path("heldout.jsonl"))
     with open_run(step, options) as run:
         engine = _engine(recipe, step, options)
-        summary = evaluate(engine, prompts, recipe.evaluate, name, set_name, run.folder, options)
+        sources = set_sources(recipe, set_name)
+        summary = evaluate(engine, prompts, recipe.evaluate, name, set_name, run.folder, options, sources)
         digest = digest_json([item.result for item in read_items(run.folder)])
         run.seal(digest=digest, counts=summary)
 
@@ -63,28 +65,36 @@ def evaluate(
     set_name: str,
     folder: Path,
     options: RunOptions,
+    sources: Sequence[PromptSource] = (),
 ) -> dict[str, Any]:
-    """Answer, verify and keep every item in `folder`; returns the summary it writes there.
+    """Answer, verify and keep every item in `folder`; returns the summary it writes there and closes the engine.
 
-    Resumes from the items that are there; raises nothing for wrong or failed answers, which are items too.
+    Resumes from the items that are there; raises nothing for wrong or failed answers, which are items too. Prompts of
+    `sources` are judged by the verifiers that these name now, all others by the one in their own record.
     """
-    return asyncio.run(_evaluate(engine, prompts, config, model, set_name, folder, options))
+    requests = [_request(prompt, sample, config) for prompt in prompts for sample in range(config.sampling.n)]
+    verifiers = {source.name: resolve(source.verifier) for source in sources}
+    with RecordLog(folder / ITEMS) as log, VerifierPool(options.cpu_threads, by_source=verifiers) as pool:
+        run_async(_answer_all(engine, requests, model, set_name, log, pool, folder, options))
+    summary = summarise(list(read_items(folder)), config.token_budgets)
+    write_json(folder / SUMMARY, summary)
+    return summary
 
 
-async def _evaluate(
+async def _answer_all(
     engine: Engine,
-    prompts: Sequence[Prompt],
-    config: Evaluate,
+    requests: Sequence[Request],
     model: str,
     set_name: str,
+    log: RecordLog,
+    verifiers: VerifierPool,
     folder: Path,
     options: RunOptions,
-) -> dict[str, Any]:
-    requests = [_request(prompt, sample, config) for prompt in prompts for sample in range(config.sampling.n)]
-    with RecordLog(folder / ITEMS) as log, VerifierPool(options.cpu_threads) as verifiers:
-        done = {(item.prompt.prompt_id, item.trace.sample) for item in read_items(folder)}
-        title = f"eval {model} on {set_name}"
-        with progress(title, len(requests), options, unit="answers", done=len(done)) as bar:
+) -> None:
+    """Append an item for every request that has none yet."""
+    done = {(item.prompt.prompt_id, item.trace.sample) for item in read_items(folder)}
+    try:
+        with progress(f"eval {model} on {set_name}", len(requests), options, unit="answers", done=len(done)) as bar:
             for batch in _batches(requests, engine.batch_size or CHUNK):
                 owed = [request for request in batch if request.key not in done]
                 if not owed:
@@ -101,10 +111,8 @@ async def _evaluate(
                     )
                 )
                 bar.advance(len(owed), tokens=sum(trace.usage.output for _, trace in pairs))
-    await engine.close()
-    summary = summarise(list(read_items(folder)), config.token_budgets)
-    write_json(folder / SUMMARY, summary)
-    return summary
+    finally:
+        await engine.close()
 
 
 def _batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
@@ -115,8 +123,7 @@ def _batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Reques
 
 
 def _request(prompt: Prompt, sample: int, config: Evaluate) -> Request:
-    seed = int(digest_json([config.sampling.seed, prompt.prompt_id, sample])[:7], 16)
-    return Request(prompt, sample, config.sampling, seed)
+    return Request(prompt, sample, config.sampling, sample_seed(config.sampling.seed, prompt.prompt_id, sample))
 
 
 def _trace(request: Request, answer: Completion, engine: Engine, model: str) -> Trace:

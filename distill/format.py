@@ -70,14 +70,20 @@ def parse_completion(
     head, close, tail = text.rpartition(close_marker)
     if not close:
         return _without_close(text, open_marker, opened)
-    before, opening, after = head.partition(open_marker)
-    # what stands before an opening marker is no reasoning: an echoed prompt or a greeting
-    inner = after if opening else before
+    inner = _inside(head, open_marker, opened)
     if close_marker in inner:
         state: ThinkState = "multiple"
     else:
         state = "closed" if inner.strip() else "empty"
     return Parsed(inner.strip(), tail.strip(), state)
+
+
+def _inside(head: str, open_marker: str, opened: bool) -> str:
+    """Reasoning in the text before the last closing marker."""
+    before, opening, after = head.partition(open_marker)
+    # what stands before an opening marker is no reasoning (an echoed prompt, a greeting), unless the prompt had
+    # opened it already: then a later marker is only mentioned
+    return after if opening and not (opened and before.strip()) else head
 
 
 def _without_close(text: str, open_marker: str, opened: bool) -> Parsed:
@@ -218,11 +224,16 @@ def check_round_trip(tokenizer: Tokenizer, document: Document, expected: str) ->
 
 
 def check_markers_survive(tokenizer: Tokenizer, config: FormatConfig) -> None:
-    """Refuse a tokenizer that drops the reasoning markers when it decodes for people.
+    """Refuse a tokenizer that loses the reasoning markers when text is decoded for people.
 
-    Some tokenizers hold `<think>` as a *special* token, which `skip_special_tokens=True` removes: the student's
-    reasoning would then merge with its answer.
+    One that holds them as *special* tokens drops them with `skip_special_tokens=True`, as most programs decode: the
+    student's reasoning would merge with its answer. Raises ModelError with the remedy.
     """
-    text = f"{config.open_marker}a{config.close_marker}b"
-    if config.close_marker not in tokenizer.decode(encode_prompt(tokenizer, text), skip_special_tokens=False):
-        raise ModelError(f"the tokenizer cannot write {config.close_marker!r}; choose other markers in format")
+    ids = encode_prompt(tokenizer, f"{config.open_marker}a{config.close_marker}b")
+    for skip in (False, True):
+        if config.close_marker not in tokenizer.decode(ids, skip_special_tokens=skip):
+            why = "holds it as a special token, which decoding skips" if skip else "cannot write it"
+            raise ModelError(
+                f"format.close_marker {config.close_marker!r}: the student's tokenizer {why};"
+                " set other markers in format, or mark the token as not special in its tokenizer.json"
+            )

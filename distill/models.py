@@ -7,6 +7,7 @@ passes, the same way that flash-attention's variable-length kernel takes them.
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import io
@@ -14,7 +15,7 @@ import json
 import logging
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,6 +93,18 @@ def _check_folder(folder: Path) -> None:
         raise ModelError(f"{folder}: no weights (*.safetensors) in it")
     for path in weights:
         check_safetensors(path)
+    for index in folder.glob("*.safetensors.index.json"):
+        _check_index(index)
+
+
+def _check_index(index: Path) -> None:
+    """Refuse a checkpoint of several files of which one is missing."""
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: cannot be read; download it again") from error
+    if missing := sorted(name for name in shards if not (index.parent / name).is_file()):
+        raise ModelError(f"{index.parent}: {missing[0]} is missing, though {index.name} lists it; download it again")
 
 
 def check_safetensors(path: Path) -> None:
@@ -182,7 +195,7 @@ def load_model(source: ModelSource, dtype: str = "float32", device: str = "cpu",
     """A plain causal language model in `dtype` (`float32` or `bfloat16`) on a device, in evaluation mode.
 
     A GGUF file is dequantised and copied into a plain model of its architecture, which can be saved. Raises
-    ModelError naming what is missing and what to do.
+    ModelError naming what is missing and what to do; weights that the file lacks are never made up.
     """
     require_torch()
     import torch
@@ -191,15 +204,31 @@ def load_model(source: ModelSource, dtype: str = "float32", device: str = "cpu",
     load_config(source)
     register_attention()
     with _explained(source), quiet_loading():
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             source.where,
             dtype=getattr(torch, dtype),
             attn_implementation=None if source.gguf else attention,
+            output_loading_info=True,
             **_from_pretrained(source),
         )
+    _check_filled(source, found["missing_keys"], found["unexpected_keys"])
     if source.gguf:
         model = _plain_copy(model, attention, getattr(torch, dtype))
     return model.to(device).eval()
+
+
+def _check_filled(source: ModelSource, missing: Collection[str], unexpected: Collection[str]) -> None:
+    """Refuse weights that do not fit the configuration: transformers would draw at random or ignore them, quietly.
+
+    What is not part of a layer (the head of a reward model, say) may be ignored.
+    """
+    surplus = [key for key in unexpected if ".layers." in key and "rotary_emb" not in key]
+    for keys, what in ((missing, "are missing"), (surplus, "have no place in it")):
+        if keys:
+            raise ModelError(
+                f"{source.name}: {len(keys)} weights {what} by its config.json ({min(keys)} and so on);"
+                " give a config.json and weights that belong together"
+            )
 
 
 def _plain_copy(model: Any, attention: str, dtype: Any) -> Any:
@@ -295,10 +324,39 @@ def choose_device(options: RunOptions) -> str:
 
 
 def set_threads(options: RunOptions) -> None:
-    """Let torch use the threads the run was given."""
+    """Let torch use the threads the run was given, and keep the memory it frees."""
     import torch
 
     torch.set_num_threads(options.cpu_threads)
+    keep_freed_memory()
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's mallopt(3)."""
+
+
+def keep_freed_memory() -> None:
+    """Let glibc re-use large freed blocks instead of returning them to the kernel (elsewhere it does nothing).
+
+    A training step frees and takes gigabytes of activations; faulting their pages in again each time costs about a
+    quarter of a step on a virtual machine.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(M_MMAP_THRESHOLD, 1 << 30)
+    mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: str) -> Iterator[None]:
+    """Let torch draw from `seed` inside the block; the random state of the CPU and of a CUDA `device` comes back."""
+    import torch
+
+    with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []):
+        torch.manual_seed(seed)
+        yield
 
 
 # --- attention per document -----------------------------------------------------------------------------------------
@@ -326,6 +384,7 @@ def per_document_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     cu_seq_lens_q: Any = None,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Any, None]:
     """Causal SDPA inside each packed document.
@@ -334,7 +393,8 @@ def per_document_attention(
     documents' boundaries as Python ints or a 1-d tensor, 0 first and the number of tokens last. Returns
     [1, tokens, heads, head_dim]. Documents of like length are laid side by side, padded on the right, and attended in
     one causal call: no query sees the padding, since it comes after all it may see. Raises ValueError without
-    boundaries: attending across documents must never be the silent fallback.
+    boundaries, since attending across documents must never be the silent fallback, and for a document longer than
+    the model's sliding window.
     """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
@@ -342,10 +402,11 @@ def per_document_attention(
     if cu_seq_lens_q is None:
         raise ValueError("per_document attention takes cu_seq_lens_q: the boundaries of the packed documents")
     bounds = tuple(cu_seq_lens_q) if isinstance(cu_seq_lens_q, list) else tuple(cu_seq_lens_q.tolist())
-    grid, back = _side_by_side(bounds)
+    grid, back = _side_by_side(bounds, query.device)
+    if sliding_window is not None and max(longest for _, longest, _ in grid) > sliding_window:
+        raise ValueError(f"per_document attention has no sliding window; documents may have {sliding_window} tokens")
     pieces = []
-    for documents, longest, index in grid:
-        rows = index.to(query.device)
+    for documents, longest, rows in grid:
         query_nhld, key_nhld, value_nhld = (
             x[0].index_select(1, rows).unflatten(1, (documents, longest)).transpose(0, 1) for x in (query, key, value)
         )
@@ -359,7 +420,7 @@ def per_document_attention(
             enable_gqa=query.shape[1] != key.shape[1],
         )
         pieces.append(attended.transpose(1, 2).flatten(0, 1))
-    return torch.cat(pieces).index_select(0, back.to(query.device))[None], None
+    return torch.cat(pieces).index_select(0, back)[None], None
 
 
 SPREAD = 1.25
@@ -367,10 +428,11 @@ SPREAD = 1.25
 
 
 @functools.lru_cache(maxsize=64)
-def _side_by_side(bounds: tuple[int, ...]) -> tuple[list[tuple[int, int, Any]], Any]:
+def _side_by_side(bounds: tuple[int, ...], device: Any) -> tuple[list[tuple[int, int, Any]], Any]:
     """Groups of documents of like length: (documents, padded length, token index of each cell), and the way back.
 
-    The second value gives, for each token of the pack, its row in the groups' cells laid end to end.
+    The second value gives, for each token of the pack, its row in the groups' cells laid end to end. Every layer of
+    every pass over a pack asks for the same tables, so they are kept on their device.
     """
     import torch
 
@@ -380,13 +442,15 @@ def _side_by_side(bounds: tuple[int, ...]) -> tuple[list[tuple[int, int, Any]], 
         if not groups or end - start > SPREAD * (groups[-1][0][1] - groups[-1][0][0]):
             groups.append([])
         groups[-1].append((start, end))
-    grid, back, offset = [], torch.empty(bounds[-1], dtype=torch.long), 0
-    for group in groups:
-        longest = max(end - start for start, end in group)
-        cells = [min(start + column, end - 1) for start, end in group for column in range(longest)]
-        grid.append((len(group), longest, torch.tensor(cells)))
-        for row, (start, end) in enumerate(group):
-            first = offset + row * longest
-            back[start:end] = torch.arange(first, first + end - start)
-        offset += len(group) * longest
-    return grid, back
+    grid, offset = [], 0
+    with torch.inference_mode(False):  # a table made while evaluating must serve training too
+        back = torch.empty(bounds[-1], dtype=torch.long)
+        for group in groups:
+            longest = max(end - start for start, end in group)
+            cells = [min(start + column, end - 1) for start, end in group for column in range(longest)]
+            grid.append((len(group), longest, torch.tensor(cells, device=device)))
+            for row, (start, end) in enumerate(group):
+                first = offset + row * longest
+                back[start:end] = torch.arange(first, first + end - start)
+            offset += len(group) * longest
+        return grid, back.to(device)

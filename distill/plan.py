@@ -6,18 +6,19 @@ gives the whole graph, and a look at the run store says which of it is done, whi
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.config import FileVerifier, PromptSource, Recipe, hashed_fields
+from distill.config import PromptSource, Recipe, hashed_fields
 from distill.engines import ENGINES, load
 from distill.errors import RecipeError
 from distill.models import find_model, model_digest
 from distill.prompts import roots as prompt_roots
 from distill.records import digest_json
 from distill.runs import STAGE_FILE, DigestCache, RunOptions, Step
+from distill.verifiers import resolve
 
 STAGE_VERSIONS = {"prompts": 1, "generate": 1, "select": 1, "train": 1, "eval": 1, "export": 1}
 """Bumped when a stage gives other results for the same recipe (a changed default is such a change)."""
@@ -148,24 +149,13 @@ class Planner:
         generated = self.add("generate", "generate", fields, {"prompts": prompts})
         # prompts of named evaluation sets never train, so selection depends on them
         kept_apart = {f"set:{name}": step for name, step in sets.items() if step is not prompts}
-        fields = {"select": hashed_fields(self.recipe.select), "verifiers": self._verifier_versions()}
+        fields = {"select": hashed_fields(self.recipe.select), "verifiers": verifier_labels(self.recipe.prompts)}
         return self.add("select", "select", fields, {"traces": generated, "prompts": prompts, **kept_apart})
 
     def _teacher_roots(self) -> dict[str, str]:
         assert self.recipe.teacher is not None
         module = load(ENGINES[self.recipe.teacher.engine].partition(":")[0] + ":roots")
         return dict(module(self.recipe.teacher, self.cache))
-
-    def _verifier_versions(self) -> dict[str, str]:
-        from distill.verifiers import resolve
-
-        chosen: list[str | FileVerifier] = [source.verifier for source in self._all_sources()]
-        specs = [resolve(verifier) for verifier in chosen]
-        return {spec.name: spec.version for spec in specs}
-
-    def _all_sources(self) -> list[PromptSource]:
-        named = self.recipe.evaluate.sets.values() if self.recipe.evaluate else ()
-        return [*self.recipe.prompts, *(chosen.source for chosen in named if chosen.source)]
 
     def _base(self) -> dict[str, Any]:
         """The student's starting point: name and content."""
@@ -223,7 +213,7 @@ class Planner:
             "limit": evaluate.sets[name].limit,
             "format": hashed_fields(self.recipe.format),
             "precision": self.recipe.student.precision if self.recipe.student else "fp32",
-            "verifiers": self._verifier_versions(),
+            "verifiers": verifier_labels(set_sources(self.recipe, name)),
         }
 
     def _export(self, student: Step | None, sets: Mapping[str, Step]) -> None:
@@ -249,6 +239,18 @@ class Planner:
         others = {name: prompts for name, prompts in sets.items() if name != export.set}
         for variant in export.variants:
             self._evaluate(variant, others, {"artifact": step}, variant=variant)
+
+
+def set_sources(recipe: Recipe, name: str) -> list[PromptSource]:
+    """The prompt sources of an evaluation set: its own, or those whose held-out prompts it takes."""
+    assert recipe.evaluate is not None
+    own = recipe.evaluate.sets[name].source
+    return [own] if own else recipe.prompts
+
+
+def verifier_labels(sources: Sequence[PromptSource]) -> list[str]:
+    """`name@version` of the verifiers that judge these sources."""
+    return sorted({resolve(source.verifier).label for source in sources})
 
 
 def make_plan(recipe: Recipe, options: RunOptions, cache: DigestCache | None = None) -> Plan:

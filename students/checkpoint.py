@@ -5,6 +5,7 @@ what identifies the data. The two newest are kept, so a kill while one is writte
 """
 
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from distill.errors import TrainingError
+from distill.progress import say
 
 KEPT = 2
 PREFIX, SUFFIX = "checkpoint-", ".pt"
@@ -37,19 +39,30 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_newest(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The newest checkpoint's state, or None where there is none.
+    """The newest readable checkpoint's state, or None where there is none.
 
-    `expected` are entries that must be equal for a resume to make sense (digest of the data, number of steps);
-    raises TrainingError naming the one that differs.
+    A damaged one is passed over, and that is said. `expected` are entries that must be equal for a resume to make
+    sense (digest of the data, number of steps). Raises TrainingError naming the one that differs, or if every
+    checkpoint is damaged.
     """
     found = checkpoints(folder)
-    if not found:
-        return None
-    state: dict[str, Any] = torch.load(found[-1], map_location="cpu", weights_only=True)
+    for path in reversed(found):
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            say(f"{path}: damaged, passed over ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+            continue
+        _check_expected(path, state, expected)
+        return state
+    if found:
+        raise TrainingError(f"{folder}: no checkpoint can be read; delete the folder to start this stage again")
+    return None
+
+
+def _check_expected(path: Path, state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     for key, value in expected.items():
         if state.get(key) != value:
             raise TrainingError(
-                f"{found[-1]}: was written for another {key} ({state.get(key)!r}, now {value!r});"
-                f" delete {folder} to start this stage again"
+                f"{path}: was written for another {key} ({state.get(key)!r}, now {value!r});"
+                f" delete {path.parent} to start this stage again"
             )
-    return state

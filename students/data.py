@@ -4,6 +4,7 @@ A document is tok(prompt) + tok(completion) + EOS; the supervised positions are 
 position and never by token id, so a pad token that equals the end token does no harm.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 from distill.config import FormatConfig
 from distill.errors import FormatError, TrainingError
 from distill.format import Document, check_round_trip, encode_document, encode_prompt, render_completion, render_prompt
-from distill.records import Example, digest_json
+from distill.records import Example
 
 MAX_LOST_SHARE = 0.5
 """Above this share of documents too long for the limit, training is refused instead of running on the rest."""
@@ -63,6 +64,8 @@ def encode_examples(
             continue
         ids.append(np.asarray(document.ids, dtype=np.int32))
         prompts.append(document.prompt_tokens)
+    if not total:
+        raise TrainingError("there are no examples to train on; look at what selection dropped: distill inspect")
     if not ids or too_long > MAX_LOST_SHARE * total:
         raise TrainingError(
             f"{too_long} of {total} documents are longer than format.max_tokens={config.max_tokens};"
@@ -72,7 +75,9 @@ def encode_examples(
 
 
 def check_document(document: Document, tokenizer: Any, eos_ids: Sequence[int]) -> None:
-    """Refuse a document without supervised text or whose end token inference would not stop at."""
+    """Refuse a document without prompt or supervised text, or whose end token inference would not stop at."""
+    if document.prompt_tokens == 0:
+        raise FormatError("the chat template renders an empty prompt; nothing would tell the student what to answer")
     if len(document.ids) - document.prompt_tokens <= 1:
         raise TrainingError("a document has no supervised tokens: its trace is empty; select traces with an answer")
     if document.ids[-1] != tokenizer.eos_token_id or document.ids[-1] not in eos_ids:
@@ -90,6 +95,20 @@ def _check_text(document: Document, example: Example, tokenizer: Any, config: Fo
     check_round_trip(tokenizer, document, render_completion(example.reasoning, example.answer, prompt, config))
 
 
+def check_vocabulary(documents: Documents, rows: int) -> None:
+    """Refuse ids beyond a model's `rows` embeddings: the tokenizer is another model's."""
+    highest = max(int(ids.max()) for ids in documents.ids)
+    if highest >= rows:
+        raise TrainingError(
+            f"the tokenizer writes token {highest}, but the model has embeddings for {rows:,} tokens only;"
+            " give the model's own tokenizer"
+        )
+
+
 def documents_digest(documents: Documents) -> str:
-    """What a resume compares: the ids of all documents in order."""
-    return digest_json([[ids.tolist(), prompt] for ids, prompt in zip(documents.ids, documents.prompt_tokens)])
+    """What a resume compares: sha256 (hex) of the ids of all documents in order and of where their prompts end."""
+    digest = hashlib.sha256()
+    for ids, prompt in zip(documents.ids, documents.prompt_tokens):
+        digest.update(np.array([len(ids), prompt], dtype=np.int64).tobytes())
+        digest.update(np.ascontiguousarray(ids).tobytes())
+    return digest.hexdigest()

@@ -7,6 +7,7 @@ the sum over its supervised tokens divided by their number, however the step is 
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from distill.config import SftPhase
 from distill.errors import TrainingError
 from distill.interrupts import Stop
-from distill.models import PER_DOCUMENT
+from distill.models import PER_DOCUMENT, seeded
+from distill.runs import PARTIAL
 
 from .checkpoint import load_newest, save_checkpoint
 from .data import Documents, documents_digest
@@ -44,7 +46,7 @@ class StepReport(NamedTuple):
 
 def learning_rate(phase: SftPhase, step: int, total: int) -> float:
     """The rate of step `step` (from 0) of `total`: linear warm-up, then the phase's schedule down to its floor."""
-    warmup = math.ceil(phase.warmup_ratio * total)
+    warmup = math.ceil(phase.warmup_ratio * total - 1e-9)  # 0.07 * 100 is a little above 7
     if step < warmup:
         return phase.lr * (step + 1) / warmup
     if phase.schedule == "constant":
@@ -57,7 +59,8 @@ def learning_rate(phase: SftPhase, step: int, total: int) -> float:
 class Masters:
     """fp32 weights and their gradients, beside a model that computes in bf16 (or being the model itself in fp32).
 
-    Takes an fp32 model and turns it to `dtype` in place, so the masters keep what rounding would lose.
+    Takes an fp32 model and turns its weights to `dtype` in place, so the masters keep what rounding would lose.
+    Buffers stay as they are: the rotary frequencies are fp32 in inference, whatever the weights are.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -66,7 +69,8 @@ class Masters:
         self.params = self.model_params
         if self.separate:
             self.params = [p.detach().clone().requires_grad_() for p in self.model_params]
-            model.to(dtype)
+            for own in model.parameters():
+                own.data = own.data.to(dtype)
             for own, master in zip(self.model_params, self.params):
                 own.register_post_accumulate_grad_hook(self._collect(master))
 
@@ -83,6 +87,19 @@ class Masters:
             own.grad = None
 
         return hook
+
+    @torch.no_grad()
+    def average(self, count: int, clip: float) -> float:
+        """Turn gradients that are sums over `count` rows into means of norm `clip` at most; returns the norm before.
+
+        Done here, once a step and in fp32: scaling the loss would round 1 / count to bf16.
+        """
+        gradients = [p.grad for p in self.params if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients)) / count
+        factor = min(1.0, clip / (norm + 1e-6)) / count
+        for gradient in gradients:
+            gradient.mul_(factor)
+        return norm
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -149,6 +166,8 @@ class Trainer:
         self.work = work
         self.lengths = documents.lengths
         self.plan = plan_steps(self.lengths, phase.step_tokens, phase.epochs, phase.seed, phase.max_steps)
+        # torch keeps the gradient of a padding id's embedding at zero; where pad == eos, that would be the end token's
+        model.get_input_embeddings().padding_idx = None
         self.masters = Masters(model, DTYPES[precision])
         self.optimizer = make_optimizer(self.masters, phase)
         self.resumed_from = self._resume()
@@ -172,17 +191,18 @@ class Trainer:
     def run(self, stop: Stop) -> Iterator[StepReport]:
         """Train from where the last checkpoint stands; yields after each optimizer step.
 
-        On a stop request it checkpoints and raises what the request says. Raises TrainingError on a loss that is not
+        A step is checkpointed once its report has been taken, so no checkpoint is ahead of what was reported. On a
+        stop request it checkpoints and raises what the request says. Raises TrainingError on a loss that is not
         finite, with the offending documents saved.
         """
         self.model.train()
         for step in range(self.resumed_from, len(self.plan)):
-            report = self._step(step)
-            done = step + 1
-            if stop.requested or (done % self.phase.checkpoint_every_steps == 0 and done < len(self.plan)):
+            yield self._step(step)
+            done, stopping = step + 1, stop.requested
+            if stopping or (done % self.phase.checkpoint_every_steps == 0 and done < len(self.plan)):
                 self.save(done)
-            yield report
-            stop.raise_if_requested()
+            if stopping:
+                stop.raise_if_requested()
         self.model.eval()
 
     def _step(self, step: int) -> StepReport:
@@ -195,11 +215,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         total = 0.0
-        for pack in laid:
-            loss = pack_loss(self.model, pack)
-            (loss / supervised).backward()
-            total += float(loss.detach())
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masters.params, self.phase.grad_clip))
+        with seeded(self.phase.seed * 1_000_003 + step, str(self.model.device)):  # dropout, where a base has any
+            for pack in laid:
+                loss = pack_loss(self.model, pack)
+                loss.backward()
+                total += float(loss.detach())
+        norm = self.masters.average(supervised, self.phase.grad_clip)
         if not math.isfinite(total) or not math.isfinite(norm):
             self._refuse(step, chosen, total / supervised, norm)
         self.optimizer.step()
@@ -228,7 +249,9 @@ def write_metrics(path: Path, start: int) -> Callable[[Mapping[str, Any]], None]
                     kept.append(line)
             except (ValueError, KeyError):
                 continue  # a line torn by a kill
-    path.write_text("".join(line + "\n" for line in kept))
+    part = path.with_name(path.name + PARTIAL)
+    part.write_text("".join(line + "\n" for line in kept))
+    os.replace(part, path)
 
     def append(values: Mapping[str, Any]) -> None:
         with path.open("a") as out:

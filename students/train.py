@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import Recipe, SftPhase, StudentConfig
+from distill.engines.transformers import end_ids
 from distill.errors import FormatError, ModelError
 from distill.format import check_markers_survive, encode_prompt, render_prompt, set_template
 from distill.models import (
@@ -30,7 +31,7 @@ from distill.progress import progress
 from distill.records import Example, Message, Prompt, read_records
 from distill.runs import OpenRun, RunOptions, Step, file_digest, open_run
 
-from .data import Documents, encode_examples
+from .data import Documents, check_vocabulary, encode_examples
 from .loop import StepReport, Trainer, write_metrics
 
 
@@ -49,6 +50,7 @@ def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
             f" set format.max_tokens={context} or less"
         )
     tokenizer = load_tokenizer(source)
+    require_end_token(tokenizer)
     set_template(tokenizer, recipe.format)
     check_markers_survive(tokenizer, recipe.format)
     render_prompt(tokenizer, [Message(role="user", content="?")], recipe.format)
@@ -72,8 +74,9 @@ def run(recipe: Recipe, step: Step, options: RunOptions) -> None:
             tokenizer,
             recipe.format,
             int(model.config.max_position_embeddings),
-            end_tokens(model),
+            end_ids(model),
         )
+        check_vocabulary(documents, model.get_input_embeddings().num_embeddings)
         counts = train(model, documents, phase, student.precision, run)
         save_student(model, tokenizer, run.path("model"))
         check_saved(run.path("model"), tokenizer, next(read_records(examples, Example)).prompt, recipe)
@@ -85,7 +88,9 @@ def train(model: Any, documents: Documents, phase: SftPhase, precision: str, run
     from distill.interrupts import graceful
 
     if phase.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # transformers renamed it in the middle of version 5
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
     trainer = Trainer(model, documents, phase, precision, run.work)
     append = write_metrics(run.path("metrics.jsonl"), trainer.resumed_from)
     total = sum(documents.lengths[index] for chosen in trainer.plan for index in chosen)
@@ -121,24 +126,26 @@ def attention_for(student: StudentConfig, device: str) -> str:
     return "flash_attention_2" if device.startswith("cuda") and is_flash_attn_2_available() else PER_DOCUMENT
 
 
-def end_tokens(model: Any) -> list[int]:
-    """Token ids that generation stops at."""
-    found = model.generation_config.eos_token_id
-    if found is None:
-        found = model.config.eos_token_id
-    return [found] if isinstance(found, int) else list(found or [])
+def require_end_token(tokenizer: Any) -> None:
+    """Refuse a tokenizer without an end token."""
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the student's tokenizer has no eos_token; set one, or the student never learns to stop")
 
 
 def agree_on_end(model: Any, tokenizer: Any) -> None:
-    """Make tokenizer, config and generation_config name the same end and pad tokens.
+    """Make tokenizer, config and generation_config name the same begin, end and pad tokens.
 
-    Documents end with the tokenizer's eos_token; other ids that the model stopped at are kept after it.
+    Documents end with the tokenizer's eos_token; other ids that the model stopped at are kept after it. What else the
+    base's generation_config advised (a repetition penalty, a temperature) was for another model than the student.
     """
-    if tokenizer.eos_token_id is None:
-        raise ModelError("the student's tokenizer has no eos_token; set one, or the student never learns to stop")
-    ends = [tokenizer.eos_token_id, *(i for i in end_tokens(model) if i != tokenizer.eos_token_id)]
+    from transformers import GenerationConfig
+
+    require_end_token(tokenizer)
+    ends = [tokenizer.eos_token_id, *(i for i in end_ids(model) if i != tokenizer.eos_token_id)]
     chosen = ends[0] if len(ends) == 1 else ends
+    model.generation_config = GenerationConfig()
     for config in (model.config, model.generation_config):
+        config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = chosen
         config.pad_token_id = tokenizer.pad_token_id
 
@@ -148,7 +155,6 @@ def save_student(model: Any, tokenizer: Any, folder: Path) -> None:
     part = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
-    model.config._attn_implementation_internal = "sdpa"
     with quiet_loading():
         model.save_pretrained(part, max_shard_size="100GB")
         tokenizer.save_pretrained(part)

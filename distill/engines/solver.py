@@ -2,7 +2,8 @@
 
 It is no language model and does not pretend to be one: for a few arithmetic tasks of reasoning-gym it writes the
 steps that a person would take, digit by digit, in R1's format with a boxed answer. What a small student learns from
-is the working, not the result, so the steps are explicit: columns, carries, borrows, remainders.
+is the working, not the result, so the steps are explicit (columns, carries, borrows, remainders) and terse: a token
+that says nothing costs as much to learn as one that does.
 """
 
 import re
@@ -16,7 +17,7 @@ from distill.errors import EngineError
 from distill.records import Prompt, Usage
 from distill.runs import DigestCache, RunOptions
 
-VERSION = "1"
+VERSION = "2"
 
 
 def roots(teacher: TeacherConfig, cache: DigestCache) -> dict[str, str]:
@@ -77,35 +78,30 @@ def solve(prompt: Prompt) -> tuple[str, str]:
 
 
 def add_columns(a: int, b: int) -> str:
-    """a + b for a, b >= 0, from the ones upwards with explicit carries."""
-    lines = [f"{a} + {b}"]
-    carry = 0
+    """a + b for a, b >= 0: both padded to one width, then column by column from the ones, a carry as a third term."""
     width = max(len(str(a)), len(str(b)))
+    lines = [f"{a:0{width}}+{b:0{width}}"]
+    carry = 0
     for place in range(width):
         x, y = digit(a, place), digit(b, place)
         total = x + y + carry
-        terms = f"{x} + {y}" + (f" + {carry}" if carry else "")
+        lines.append(f"{x}+{y}{'+1' if carry else ''}={total}")
         carry = total // 10
-        lines.append(f"{terms} = {total}" + (f", write {total % 10}, carry 1" if carry else f", write {total}"))
-    if carry:
-        lines.append("write 1")
-    lines.append(f"= {a + b}")
+    lines.append(f"={a + b}")
     return "\n".join(lines)
 
 
 def subtract_columns(a: int, b: int) -> str:
-    """a - b for a >= b >= 0, from the ones upwards with explicit borrows."""
-    lines = [f"{a} - {b}"]
+    """a - b for a >= b >= 0: both padded to one width, then column by column; a borrow adds ten and takes one."""
+    width = len(str(a))
+    lines = [f"{a}-{b:0{width}}"]
     borrow = 0
-    for place in range(len(str(a))):
-        x, y = digit(a, place), digit(b, place) + borrow
-        needs = f"{x} - {y}" if not borrow else f"{x} - {digit(b, place)} - 1"
-        if x < y:
-            lines.append(f"{needs}: borrow, {x + 10} - {y} = {x + 10 - y}, write {x + 10 - y}")
-        else:
-            lines.append(f"{needs} = {x - y}, write {x - y}")
-        borrow = int(x < y)
-    lines.append(f"= {a - b}")
+    for place in range(width):
+        x, y = digit(a, place), digit(b, place)
+        lent = 10 if x < y + borrow else 0
+        lines.append(f"{x + lent}-{y}{'-1' if borrow else ''}={x + lent - y - borrow}")
+        borrow = lent // 10
+    lines.append(f"={a - b}")
     return "\n".join(lines)
 
 
@@ -114,12 +110,12 @@ def add_signed(a: int, b: int) -> str:
     if a >= 0 and b >= 0:
         return add_columns(a, b)
     if a < 0 and b < 0:
-        return f"{a} - {-b}: both negative\n{add_columns(-a, -b)}\nso {a + b}"
+        return f"{a}-{-b}: both negative\n{add_columns(-a, -b)}\nso {a + b}"
     big, small = max(abs(a), abs(b)), min(abs(a), abs(b))
     steps = subtract_columns(big, small)
     if a >= 0 and a >= -b:
         return steps
-    shown = f"{a} - {-b}" if b < 0 else f"{a} + {b}"
+    shown = f"{a}-{-b}" if b < 0 else f"{a}+{b}"
     return f"{shown}: compare {abs(a)} and {abs(b)}\n{steps}\nso {a + b}"
 
 

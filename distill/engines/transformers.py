@@ -6,7 +6,8 @@ versions; sampled text too, since every batch is seeded from its requests.
 """
 
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -20,7 +21,7 @@ from distill.format import (
     set_template,
     with_own_system,
 )
-from distill.models import choose_device, find_model, load_model, load_tokenizer, model_digest, set_threads
+from distill.models import choose_device, find_model, load_model, load_tokenizer, model_digest, seeded, set_threads
 from distill.records import Usage, digest_json
 from distill.runs import DigestCache, RunOptions
 
@@ -78,20 +79,28 @@ class TransformersEngine:
             for request in requests
         ]
         ids = [encode_prompt(self.tokenizer, text) for text in texts]
+        context = context_of(self.model)
+        fitting = [index for index, prompt in enumerate(ids) if 0 < len(prompt) < context]
         sampling = requests[0].sampling
         generated = generate_ids(
             self.model,
-            ids,
+            [ids[index] for index in fitting],
             sampling.max_new_tokens,
             sampling.temperature,
             sampling.top_p,
             seed=batch_seed(requests),
             pad_id=self.tokenizer.pad_token_id,
         )
-        latency = (time.perf_counter() - started) / len(requests)
+        answers = dict(zip(fitting, generated))
+        latency_s = (time.perf_counter() - started) / len(requests)
+        ends = end_ids(self.model)
         return [
-            completion_of(self.tokenizer, self.format, request, text, len(prompt), new, latency)
-            for request, text, prompt, new in zip(requests, texts, ids, generated)
+            completion_of(
+                self.tokenizer, self.format, request, texts[index], len(ids[index]), answers[index], latency_s, ends
+            )
+            if index in answers
+            else Completion(request.key, error=_no_room(len(ids[index]), context))
+            for index, request in enumerate(requests)
         ]
 
 
@@ -103,11 +112,15 @@ def completion_of(
     prompt_tokens: int,
     new_ids: Sequence[int],
     latency_s: float,
+    ends: Collection[int] | None = None,
 ) -> Completion:
-    """The parsed completion of generated ids; `length` where the last of them is no end token."""
-    stopped = len(new_ids) < request.sampling.max_new_tokens or is_end(tokenizer, new_ids[-1])
-    text_ids = list(new_ids[:-1]) if new_ids and is_end(tokenizer, new_ids[-1]) else list(new_ids)
-    raw = tokenizer.decode(text_ids, skip_special_tokens=False)
+    """The parsed completion of generated ids.
+
+    It stopped if the last of them is one of `ends`, the ids that generation stops at (the tokenizer's end token where
+    they are not given); with any other last, a special token too, it was cut at the limit or the end of the context.
+    """
+    stopped = bool(new_ids) and new_ids[-1] in ([tokenizer.eos_token_id] if ends is None else ends)
+    raw = tokenizer.decode(list(new_ids[:-1] if stopped else new_ids), skip_special_tokens=False)
     parsed = parse_completion(raw, format.open_marker, format.close_marker, opens_reasoning(prompt_text, format))
     reasoning_tokens = len(encode_prompt(tokenizer, parsed.reasoning)) if parsed.reasoning else 0
     return Completion(
@@ -123,9 +136,21 @@ def completion_of(
     )
 
 
-def is_end(tokenizer: Any, token: int) -> bool:
-    """Whether a generated id is the end token (or another id that the tokenizer marks as special)."""
-    return token == tokenizer.eos_token_id or token in getattr(tokenizer, "all_special_ids", ())
+def context_of(model: Any) -> int:
+    """Tokens that a model's positions allow, prompt and answer together."""
+    return int(model.config.max_position_embeddings)
+
+
+def _no_room(tokens: int, context: int) -> str:
+    return f"the prompt has {tokens:,} tokens; between 1 and {context - 1:,} fit the model's context of {context:,}"
+
+
+def end_ids(model: Any) -> list[int]:
+    """Token ids that a model's generation stops at, those of its generation_config first."""
+    found = model.generation_config.eos_token_id if model.generation_config else None
+    if found is None:
+        found = model.config.eos_token_id
+    return [found] if isinstance(found, int) else list(found or [])
 
 
 def batch_seed(requests: Sequence[Request]) -> int:
@@ -144,29 +169,50 @@ def generate_ids(
 ) -> list[list[int]]:
     """New ids of each prompt, the end token included where one came; greedy at temperature 0.
 
-    Prompts are padded on the left; ids after the first end token are cut off.
+    Prompts are padded on the left; ids after the first end token, or beyond the model's context, are cut off. Only
+    the arguments and the model's end ids count: penalties and the like that its generation_config recommends do not.
+    Raises ValueError for a prompt that is empty or fills the context, which transformers would run all the same.
     """
     import torch
     from transformers import GenerationConfig
 
+    if not prompts:
+        return []
+    context = context_of(model)
+    for prompt in prompts:
+        if not 0 < len(prompt) < context:
+            raise ValueError(_no_room(len(prompt), context))
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    ends = model.generation_config.eos_token_id
+    ends = end_ids(model)
     draw = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad_id, **({"do_sample": False} | draw)
+        max_new_tokens=min(max_new_tokens, context - min(map(len, prompts))),
+        eos_token_id=ends or None,
+        pad_token_id=pad_id,
+        **({"do_sample": False} | draw),
     )
-    torch.manual_seed(seed)
-    with torch.inference_mode():
+    with torch.inference_mode(), seeded(seed, str(model.device)), own_config(model, config):
         output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    return [cut_after_end(row[longest:].tolist(), ends) for row in output]
+    rows = (row[longest:][: context - len(prompt)].tolist() for row, prompt in zip(output, prompts))
+    return [cut_after_end(row, ends) for row in rows]
 
 
-def cut_after_end(ids: list[int], ends: int | list[int] | None) -> list[int]:
+@contextmanager
+def own_config(model: Any, config: Any) -> Iterator[None]:
+    """Put the model's own generation settings aside: transformers would fill whatever `config` leaves open."""
+    before = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def cut_after_end(ids: list[int], ends: Collection[int]) -> list[int]:
     """Ids up to and with the first end token."""
-    stops = {ends} if isinstance(ends, int) else set(ends or ())
     for index, token in enumerate(ids):
-        if token in stops:
+        if token in ends:
             return ids[: index + 1]
     return ids

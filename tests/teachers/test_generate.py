@@ -386,7 +386,7 @@ class Job:
         )
 
     def start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen([sys.executable, "-c", CHILD, self.argument], stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen([sys.executable, "-P", "-c", CHILD, self.argument], stderr=subprocess.PIPE, text=True)
 
     def answers(self) -> set[tuple[str, int]]:
         """Whole lines of the ledger, read from outside."""
