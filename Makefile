@@ -56,6 +56,7 @@ install-dev: $(VENV)/.stamp-dev
 
 quickstart: $(VENV)/.stamp-run
 	$(BIN)/distill run $(RECIPE) --runs $(RUNS)
+	$(BIN)/distill report $(RECIPE) --runs $(RUNS)
 
 # --- check ------------------------------------------------------------------------------------------------------------
 

@@ -121,7 +121,7 @@ def check_safetensors(path: Path) -> None:
         try:
             header = json.loads(file.read(length))
             end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ModelError(f"{path}: its safetensors header cannot be read; download it again") from error
     if size != 8 + length + end:
         raise ModelError(

@@ -96,12 +96,20 @@ def clock_text(seconds: float) -> str:
 
 @contextmanager
 def progress(
-    label: str, total: int | None, options: RunOptions, unit: str = "", done: int = 0, terminal: bool | None = None
+    label: str,
+    total: int | None,
+    options: RunOptions,
+    unit: str = "",
+    done: int = 0,
+    terminal: bool | None = None,
+    every_s: float = PLAIN_EVERY_S,
+    worth_s: float = WORTH_SHOWING_S,
 ) -> Iterator[Bar]:
     """Show a piece of work of `total` units, of which `done` were finished before; yields the bar to advance.
 
     The rate is this attempt's, so what was done before does not make it look faster. `terminal` says whether stderr
-    is one; by default it is asked.
+    is one; by default it is asked. Plain lines come every `every_s` seconds, and for work shorter than `worth_s` not at
+    all.
     """
     if options.quiet:
         yield Bar(label, total, unit, done)
@@ -109,25 +117,25 @@ def progress(
         with _rich_bar(label, total, unit, done) as bar:
             yield bar
     else:
-        with _plain_lines(label, total, unit, done) as bar:
+        with _plain_lines(Bar(label, total, unit, done), every_s, worth_s) as bar:
             yield bar
 
 
 @contextmanager
-def _plain_lines(label: str, total: int | None, unit: str, done: int) -> Iterator[Bar]:
-    next_s = time.monotonic() + PLAIN_EVERY_S
+def _plain_lines(bar: Bar, every_s: float, worth_s: float) -> Iterator[Bar]:
+    shown_s = bar.elapsed_s
 
     def show(bar: Bar) -> None:
-        nonlocal next_s
-        if time.monotonic() >= next_s:
-            next_s = time.monotonic() + PLAIN_EVERY_S
+        nonlocal shown_s
+        if bar.elapsed_s - shown_s >= every_s:
+            shown_s = bar.elapsed_s
             say(bar.line())
 
-    bar = Bar(label, total, unit, done, show)
+    bar.on_advance = show
     try:
         yield bar
     finally:
-        if bar.elapsed_s >= WORTH_SHOWING_S:
+        if bar.elapsed_s >= worth_s:
             say(bar.line())
 
 

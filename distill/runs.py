@@ -6,6 +6,7 @@ resumes it. A lock stops two writers; a consumer that finds other bytes than `st
 """
 
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -123,10 +124,11 @@ class Step:
     args: Mapping[str, Any] = field(default_factory=dict)
     """What the stage's `run` needs to know beside the recipe: phase index, model, set."""
 
-    @property
+    @functools.cached_property
     def folder(self) -> Path:
-        """The stage run's folder."""
-        return self.runs / self.stage / f"{self.name}-{self.identity}"
+        """The stage run's folder: one that another recipe made under its own name, if the identity is the same."""
+        made = sorted((self.runs / self.stage).glob(f"*-{self.identity}"))
+        return made[0] if made else self.runs / self.stage / f"{self.name}-{self.identity}"
 
     @property
     def sealed(self) -> bool:

@@ -133,7 +133,7 @@ def require_end_token(tokenizer: Any) -> None:
 
 
 def agree_on_end(model: Any, tokenizer: Any) -> None:
-    """Make tokenizer, config and generation_config name the same begin, end and pad tokens.
+    """Make tokenizer, config and generation_config name the same end and pad tokens.
 
     Documents end with the tokenizer's eos_token; other ids that the model stopped at are kept after it. What else the
     base's generation_config advised (a repetition penalty, a temperature) was for another model than the student.
@@ -143,9 +143,8 @@ def agree_on_end(model: Any, tokenizer: Any) -> None:
     require_end_token(tokenizer)
     ends = [tokenizer.eos_token_id, *(i for i in end_ids(model) if i != tokenizer.eos_token_id)]
     chosen = ends[0] if len(ends) == 1 else ends
-    model.generation_config = GenerationConfig()
+    model.generation_config = GenerationConfig(bos_token_id=model.config.bos_token_id)
     for config in (model.config, model.generation_config):
-        config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = chosen
         config.pad_token_id = tokenizer.pad_token_id
 

@@ -37,9 +37,7 @@ def recipe_of(model: Path) -> dict[str, Any]:
     """Every stage, with limits that a random model keeps."""
     return {
         "name": "tiny",
-        "prompts": [
-            {"name": "sums", "reasoning_gym": {"task": "chain_sum", "size": 64, "seed": 3}, "heldout": 12}
-        ],
+        "prompts": [{"name": "sums", "reasoning_gym": {"task": "chain_sum", "size": 64, "seed": 3}, "heldout": 12}],
         "teacher": {
             "engine": "transformers",
             "model": str(model),
@@ -52,14 +50,22 @@ def recipe_of(model: Path) -> dict[str, Any]:
             "init": str(model),
             "precision": "fp32",
             "phases": [
-                {"kind": "sft", "lr": 1e-3, "epochs": 12, "step_tokens": 512, "micro_batch_tokens": 256,
-                 "checkpoint_every_steps": 3}
+                {
+                    "kind": "sft",
+                    "lr": 1e-3,
+                    "epochs": 12,
+                    "step_tokens": 512,
+                    "micro_batch_tokens": 256,
+                    "checkpoint_every_steps": 3,
+                }
             ],
         },
         "evaluate": {"sampling": {"max_new_tokens": 16}, "batch_size": 2, "models": ["base", "student"]},
         "export": {
             "gates": {
-                "parity_tokens": 256, "greedy_prompts": 4, "greedy_tokens": 8,
+                "parity_tokens": 256,
+                "greedy_prompts": 4,
+                "greedy_tokens": 8,
                 "max_kl": {"fp32": 1e-3, "int8": 1.0, "int4": 1.0},
                 "min_top1": {"fp32": 0.99, "int8": 0.0, "int4": 0.0},
                 "max_accuracy_drop": 1.0,
@@ -93,7 +99,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str
     assert outcome.executed == list(outcome.plan.steps)
     stages = {label: sealed(step) for label, step in steps_of(runs).items()}
     return Finished(
-        recipe, runs,
+        recipe,
+        runs,
         {label: stage["digest"] for label, stage in stages.items()},
         {label: stage["seconds"] for label, stage in stages.items()},
     )
@@ -102,16 +109,26 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str
 def test_every_stage_is_sealed_and_the_artifact_verifies(finished: Finished) -> None:
     steps = steps_of(finished.runs)
     assert list(steps) == [
-        "prompts", "generate", "select", "eval:base:heldout", "train:0", "eval:student:heldout", "export",
+        "prompts",
+        "generate",
+        "select",
+        "eval:base:heldout",
+        "train:0",
+        "eval:student:heldout",
+        "export",
     ]
     artifact = steps["export"] / "artifact"
-    result = subprocess.run([sys.executable, "-m", "distill.cli", "verify", str(artifact)], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "distill.cli", "verify", str(artifact)], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     model = artifact / "int4" / "model.onnx.data"
     damaged = artifact.parent.parent / "damaged"
     shutil.copytree(artifact, damaged)
     (damaged / "int4" / model.name).write_bytes(model.read_bytes()[:-1] + b"?")
-    result = subprocess.run([sys.executable, "-m", "distill.cli", "verify", str(damaged)], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "distill.cli", "verify", str(damaged)], capture_output=True, text=True
+    )
     assert result.returncode == 3
     assert "model.onnx.data" in result.stderr
 
@@ -121,7 +138,9 @@ def test_the_command_line_finds_what_the_python_call_made(finished: Finished) ->
         [*command("run", str(finished.recipe), "--runs", str(finished.runs)), "--json"], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["executed"] == []
+    stages = json.loads(result.stdout)["stages"]
+    assert {label: stage["digest"] for label, stage in stages.items()} == finished.digests
+    assert not any(stage["ran_now"] for stage in stages.values())
 
 
 def test_a_changed_sealed_file_is_refused_by_the_next_stage(finished: Finished, tmp_path: Path) -> None:
@@ -131,9 +150,7 @@ def test_a_changed_sealed_file_is_refused_by_the_next_stage(finished: Finished, 
     shutil.rmtree(steps["train:0"])
     with (steps["select"] / "examples.jsonl").open("a") as out:
         out.write("\n")
-    result = subprocess.run(
-        command("train", str(finished.recipe), "--runs", str(runs)), capture_output=True, text=True
-    )
+    result = subprocess.run(command("train", str(finished.recipe), "--runs", str(runs)), capture_output=True, text=True)
     assert result.returncode == 2
     assert "examples.jsonl" in result.stderr and "other bytes" in result.stderr
 
@@ -160,9 +177,7 @@ def kill_and_finish(stage: str, kills: int, finished: Finished, tmp_path: Path) 
     forget(label, runs)
     moments = random.Random(stage)
     words = command(stage, str(finished.recipe), "--runs", str(runs))
-    killed = sum(
-        kill_after(words, label, moments.uniform(0, finished.seconds[label])) for _ in range(kills)
-    )
+    killed = sum(kill_after(words, label, moments.uniform(0, finished.seconds[label])) for _ in range(kills))
     assert killed >= 1, "the stage was never caught running"
     result = subprocess.run(words, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -10,7 +10,7 @@ from html import escape
 from typing import NamedTuple
 
 TICKS = 5
-"""About so many ticks on an axis."""
+"""At most so many steps along an axis."""
 
 
 class Bar(NamedTuple):
@@ -56,16 +56,16 @@ class Axis(NamedTuple):
         return 100 * (value - self.low) / (self.high - self.low)
 
 
-def bars(title: str, rows: Sequence[Bar], ends: tuple[str, ...] = ()) -> str:
+def bars(title: str, rows: Sequence[Bar], ticks: Sequence[tuple[float, str]] = ()) -> str:
     """Horizontal bars with their values, each with its interval where it has one.
 
-    `ends` are the texts along the axis, spread evenly; without them there is none.
+    `ticks` are shares of the track and what is written below them; without them there is no axis.
     """
     words = "; ".join(f"{row.name} {row.text} {row.detail}".strip() for row in rows)
     drawn = "".join(_bar(row) for row in rows)
-    axis = "".join(f"<span>{escape(text)}</span>" for text in ends)
-    scale = f'<div class="bar axis"><span></span><span class="scale">{axis}</span><span></span></div>' if ends else ""
-    grid = " grid" if ends else ""
+    axis = "".join(f'<span style="left:{_percent(share)}">{escape(text)}</span>' for share, text in ticks)
+    scale = f'<div class="bar axis"><span></span><span class="scale">{axis}</span><span></span></div>' if ticks else ""
+    grid = " grid" if ticks else ""
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
         f'<div class="bars{grid}" role="img" aria-label="{escape(f"{title}: {words}")}">{drawn}{scale}</div></figure>'
@@ -104,7 +104,7 @@ def lines(title: str, series: Sequence[Line], x: Axis, y: Axis, dots: bool = Fal
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{_legend(series)}'
         f'<div class="plot{" small" if small else ""}" role="img" aria-label="{escape(_in_words(title, series, x, y))}">'
-        f'<span class="ytitle">{escape(y.title)}</span><div class="area">'
+        f'<div class="area">'
         f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{strokes}</svg>{marks}'
         f"{''.join(_tick(value, text, x, 'x') for value, text in x.ticks)}"
         f"{''.join(_tick(value, text, y, 'y') for value, text in y.ticks)}"
@@ -152,16 +152,25 @@ def _tick(value: float, text: str, axis: Axis, side: str) -> str:
     return f'<span class="{side}tick" style="{edge}:{axis.at(value):.2f}%">{escape(text)}</span>'
 
 
-def round_ticks(low: float, high: float, text: Callable[[float], str] = "{:g}".format) -> list[tuple[float, str]]:
-    """Round values that span `low` to `high`: steps of 1, 2 or 5 times a power of ten."""
+def round_ticks(
+    low: float, high: float, text: Callable[[float], str] = "{:g}".format, most: int = TICKS
+) -> list[tuple[float, str]]:
+    """Round values that span `low` to `high`: at most `most` steps of 1, 2 or 5 times a power of ten, and their ends."""
     span = high - low if high > low else abs(high) or 1.0
-    power = 10 ** math.floor(math.log10(span / TICKS))
-    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= TICKS)
+    power = 10 ** math.floor(math.log10(span / most))
+    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= most)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [(index * step, text(round(index * step, 12))) for index in range(first, max(last, first + 1) + 1)]
 
 
-def axis_of(title: str, values: Sequence[float], text: Callable[[float], str] = "{:g}".format, zero: bool = False) -> Axis:
-    """An axis with round ends around the values; `zero` makes it begin at 0."""
-    ticks = round_ticks(0.0 if zero else min(values), max(values), text)
+def axis_of(
+    title: str, values: Sequence[float], text: Callable[[float], str] = "{:g}".format, most: int = TICKS
+) -> Axis:
+    """An axis with round ends around the values."""
+    ticks = round_ticks(min(values), max(values), text, most)
     return Axis(title, ticks[0][0], ticks[-1][0], ticks)
+
+
+def axis_to(title: str, end: float, text: Callable[[float], str] = "{:g}".format) -> Axis:
+    """An axis from 0 that ends where the values end, with round ticks on the way."""
+    return Axis(title, 0.0, end, [(value, name) for value, name in round_ticks(0.0, end, text) if value <= end])

@@ -3,7 +3,7 @@
 Everything is read from the items that evaluations kept; differences are computed as the export's gate computes them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -152,9 +152,8 @@ def read_scores(pipeline: Pipeline) -> Scores:
 
     Raises RunError where a finished stage's file is not the one that was sealed.
     """
-    evaluated = list(evaluations(pipeline))
     by_set: dict[str, list[Evaluated]] = {}
-    for one in evaluated:
+    for one in sorted(evaluations(pipeline), key=_order(pipeline)):
         by_set.setdefault(one.set, []).append(one)
     sizes = model_sizes(pipeline)
     return Scores(
@@ -165,7 +164,7 @@ def read_scores(pipeline: Pipeline) -> Scores:
 
 
 def evaluations(pipeline: Pipeline) -> Iterator[Evaluated]:
-    """Every model on every set that the pipeline has or will have: teacher, base, student, then variants."""
+    """Every model on every set that the pipeline has or will have."""
     for run in pipeline.of("eval"):
         _, model, set_name = run.label.split(":", 2)
         yield Evaluated(model, set_name, _kind(model), run)
@@ -175,6 +174,12 @@ def evaluations(pipeline: Pipeline) -> Iterator[Evaluated]:
     set_name = str(pipeline.section("export").get("set", "heldout"))
     for variant in variant_names(pipeline):
         yield Evaluated(variant, set_name, "variant", export, f"eval-{variant}")
+
+
+def _order(pipeline: Pipeline) -> Callable[[Evaluated], tuple[bool, str, int]]:
+    """First the set of the export's gate; in each set teacher, base, student, then variants as the recipe has them."""
+    first, models = pipeline.section("export").get("set"), [*MODEL_ORDER, *variant_names(pipeline)]
+    return lambda one: (one.set != first, one.set, models.index(one.model) if one.model in models else len(models))
 
 
 def _kind(model: str) -> Kind:

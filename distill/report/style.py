@@ -58,6 +58,7 @@ footer { padding-top: 26px; padding-bottom: 40px; color: var(--faint); font-size
 .answer .small { display: block; color: var(--soft); font-size: 13px }
 .verdict { font-size: 17px; margin: 22px 0 0 }
 .verdict span { white-space: nowrap }
+.verdict span + span::before { content: "·"; margin: 0 12px 0 8px; color: var(--faint) }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 14px 24px; margin: 16px 0 0;
   padding: 0 }
 .tiles dt { color: var(--soft); font-size: 13px }
@@ -86,9 +87,12 @@ thead th { color: var(--soft); font-weight: 500; font-size: 13px; vertical-align
 tbody th { font-weight: 600; white-space: nowrap }
 .n { text-align: right; white-space: nowrap }
 .n small, td small { color: var(--soft); font-size: 13px; white-space: nowrap }
-.wide { min-width: 150px; width: 30% }
-.mono { font: 13px/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; word-break: break-all }
-.total th, .total td { border-bottom: 0; font-weight: 600 }
+.wide { min-width: 110px; width: 28% }
+.nowrap { white-space: nowrap }
+.mono { font: 12px/1.7 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; color: var(--soft);
+  white-space: nowrap }
+.mono b { color: var(--ink); font-weight: 400 }
+.total th, .total td { border-bottom: 0 } .total .n { font-weight: 600 }
 
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 8px 44px }
 figure { margin: 18px 0 0; min-width: 0 }
@@ -106,14 +110,18 @@ figcaption { font-weight: 600; font-size: 14px; margin-bottom: 8px }
   background: var(--ink) }
 .whisker::before { left: 0 } .whisker::after { right: 0 }
 .bar.axis { min-height: 18px }
-.scale { display: flex; justify-content: space-between; font-size: 12px; color: var(--faint); margin: 0 -10px }
+.scale { position: relative; height: 14px; font-size: 12px; line-height: 1; color: var(--soft) }
+.scale span { position: absolute; top: 2px; transform: translateX(-50%) }
+.grid .track { background-image: repeating-linear-gradient(90deg, transparent 0 calc(25% - 1px),
+  var(--page) calc(25% - 1px) 25%) }
+.pair .bar { grid-template-columns: 70px minmax(60px, 1fr) 70px }
 .track.inline { height: 12px; margin: 5px 0; display: flex; background: none }
 .track.inline .fill, .track.inline .lost { position: static; flex: none; min-width: 1px }
 .lost { background: repeating-linear-gradient(-45deg, var(--faint) 0 2px, transparent 2px 5px); opacity: .8 }
 
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 13px; margin-bottom: 8px }
 .key svg { width: 24px; height: 6px; margin-right: 6px; vertical-align: 2px }
-.plot { position: relative; padding: 22px 14px 44px 50px }
+.plot { position: relative; padding: 8px 14px 40px 50px }
 .area { position: relative; height: 210px; border-bottom: 1px solid var(--faint) }
 .plot.small .area { height: 84px }
 .area svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible }
@@ -122,11 +130,11 @@ polyline, .key path { fill: none; stroke: var(--c); stroke-width: 2; vector-effe
 .faint { stroke-opacity: .32; stroke-width: 1.2 }
 .dash1 { stroke-dasharray: 7 3 } .dash2 { stroke-dasharray: 2 3 } .dash3 { stroke-dasharray: 9 3 2 3 }
 .gridline { stroke: var(--line); stroke-width: 1; vector-effect: non-scaling-stroke }
-.xtick, .ytick, .xtitle, .ytitle { position: absolute; font-size: 12px; color: var(--soft); white-space: nowrap;
+.xtick, .ytick, .xtitle { position: absolute; font-size: 12px; color: var(--soft); white-space: nowrap;
   line-height: 1 }
 .xtick { top: calc(100% + 7px); transform: translateX(-50%) }
 .ytick { right: calc(100% + 8px); transform: translateY(50%) }
-.xtitle { bottom: 4px; right: 14px } .ytitle { top: 0; left: 0 }
+.xtitle { bottom: 4px; right: 14px }
 .dot { position: absolute; width: 8px; height: 8px; margin: 0 0 -4px -4px; border-radius: 50%; background: var(--c);
   box-shadow: 0 0 0 1.5px var(--page) }
 
@@ -160,9 +168,12 @@ summary:focus-visible { outline: 2px solid var(--student); outline-offset: 2px }
   .answer li + li::before { content: none }
   .answer .big { font-size: 26px }
   .answer .small { grid-column: 2 }
-  .bar { grid-template-columns: 62px minmax(50px, 1fr) auto; gap: 8px }
-  .bar .detail { display: block }
-  .bar.axis span:last-child { min-width: 88px }
+  .verdict { font-size: 15px }
+  .verdict span { display: block }
+  .verdict span + span::before { content: none }
+  .bar { grid-template-columns: 62px minmax(50px, 1fr) 92px; gap: 10px }
+  .pair .bar { grid-template-columns: 62px minmax(50px, 1fr) 60px }
+  .bar .detail { display: block; line-height: 1.2 }
   .plot { padding-left: 42px; padding-right: 8px }
 }
 @media print {

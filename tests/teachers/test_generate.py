@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from distill.config import Budget, Prices, TeacherConfig
+from distill.config import Budget, Prices, Sampling, TeacherConfig
 from distill.engines import Completion, Request
 from distill.errors import BudgetError, DataError, EngineError, RunError
 from distill.interrupts import Stop
@@ -23,7 +23,7 @@ from distill.records import Message, Prompt, Trace, Usage, read_records, write_r
 from distill.runs import RunOptions, SealedRun, Step
 from distill.teachers import generate
 from distill.teachers.budget import Purse, cost_usd
-from distill.teachers.generate import Collection, Wanted
+from distill.teachers.generate import Collection, Wanted, trace_of
 from distill.teachers.ledger import Ledger, Spent
 
 SECRET = "sk-very-secret-0123456789"
@@ -86,6 +86,25 @@ def test_a_trace_says_who_answered_what_was_sent_and_what_it_cost(chat: Any, lab
     assert trace.cfg == sealed.document["cfg"]
 
 
+def test_a_trace_is_known_by_what_it_is(tmp_path: Path) -> None:
+    request = Request(problems(1)[0], 0, Sampling(), seed=1)
+    engine, teacher_config = BatchEngine(1), TeacherConfig(engine="solver")
+
+    def trace_id(sample: int = 0, cfg: str = "cfg", attempt: int = 0, **said: Any) -> str:
+        asked = request._replace(sample=sample)
+        return trace_of(asked, attempt, Completion(asked.key, **said), teacher_config, engine, cfg).trace_id
+
+    assert trace_id(raw="a") == trace_id(raw="a", attempt=3, latency_s=9.0)
+    different = [
+        trace_id(raw="a"),
+        trace_id(raw="b"),
+        trace_id(1, raw="a"),
+        trace_id(0, "c", raw="a"),
+        trace_id(error="a b"),
+    ]
+    assert len(set(different)) == len(different)
+
+
 def test_the_digest_depends_on_the_answers_and_not_on_when_or_in_which_order_they_came(chat: Any, lab: Any) -> None:
     def digest(name: str, answer: Any = chat.answer_of) -> str:
         with chat.ChatServer(lambda *_: chat.Reply(delay_s=random.random() / 50), answer) as server:
@@ -98,6 +117,14 @@ def test_the_digest_depends_on_the_answers_and_not_on_when_or_in_which_order_the
 def test_without_training_prompts_there_is_nothing_to_seal(chat: Any, lab: Any) -> None:
     with chat.ChatServer() as server, pytest.raises(DataError, match="no training prompts"):
         lab.generate([], asking(server))
+
+
+def test_the_stage_runs_in_a_notebook_too_where_an_event_loop_is_running_already(chat: Any, lab: Any) -> None:
+    async def cell(server: Any) -> SealedRun:
+        return lab.generate(problems(5), asking(server))
+
+    with chat.ChatServer() as server:
+        assert asyncio.run(cell(server)).counts["answered"] == 5
 
 
 # --- no answer is bought twice --------------------------------------------------------------------------------------

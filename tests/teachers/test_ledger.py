@@ -31,6 +31,11 @@ def trace(prompt_id: str, sample: int = 0, attempt: int = 0, error: str | None =
     )
 
 
+def opened_at(folder: Path) -> Ledger:
+    folder.mkdir(exist_ok=True)
+    return Ledger(folder)
+
+
 def folder_of(runs: Path) -> Path:
     return runs / "ledger" / cfg_of(SENT)
 
@@ -55,7 +60,12 @@ def test_the_first_answer_of_a_key_stays(tmp_path: Path) -> None:
         ledger.add(trace("a", answer="first"))
         ledger.add(trace("a", answer="second"))
         assert ledger.get(("a", 0)) == trace("a", answer="first")
-    assert len(list(read_records(folder_of(tmp_path) / "answers.jsonl", Trace))) == 1
+    path = folder_of(tmp_path) / "answers.jsonl"
+    assert len(list(read_records(path, Trace))) == 1
+    with path.open("a") as lines:  # as if two ledgers had been put together
+        lines.write(trace("a", answer="third").to_line())
+    with open_ledger(tmp_path, SENT) as ledger:
+        assert ledger.get(("a", 0)) == trace("a", answer="first")
 
 
 def test_a_failure_is_kept_and_superseded_by_a_success_but_never_the_other_way_round(tmp_path: Path) -> None:
@@ -128,35 +138,30 @@ def test_the_ledger_says_in_words_what_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["answers.jsonl", "journal.jsonl"])
 def test_a_tail_torn_at_any_byte_costs_at_most_the_last_line(tmp_path: Path, file: str) -> None:
-    with open_ledger(tmp_path / "whole", SENT) as ledger:
-        for name in ("first", "zwö", "third"):
-            ledger.ask((name, 0))
-            ledger.add(trace(name))
-    whole = folder_of(tmp_path / "whole")
-    data = (whole / file).read_bytes()
+    names = ("first", "zwö", "third")
+    whole = opened_at(tmp_path / "whole")
+    for name in names:
+        whole.ask((name, 0))
+        whole.add(trace(name))
+    whole.close()
+    data = (whole.folder / file).read_bytes()
     ends = [index + 1 for index, byte in enumerate(data) if byte == ord("\n")]
-    # every seventh byte, and every byte around the ends of lines
-    for size in sorted(
-        {*range(0, len(data), 7), *(end + by for end in ends for by in (-2, -1, 0, 1) if end + by <= len(data))}
-    ):
-        torn = tmp_path / "torn"
-        shutil.rmtree(torn, ignore_errors=True)
-        shutil.copytree(whole, folder_of(torn))
-        (folder_of(torn) / file).write_bytes(data[:size])
-        complete = data[:size].count(b"\n")
-        with open_ledger(torn, SENT) as ledger:
-            answered = [ledger.answered((name, 0)) for name in ("first", "zwö", "third")]
-            if file == "answers.jsonl":
-                assert answered == [index < complete for index in range(3)]
-                # what was torn had been journalled, so it is known to be in doubt
-                assert ledger.possibly_paid(("third", 0)) == (complete < 3)
-            else:
-                assert answered == [True] * 3
-            ledger.ask(("fourth", 0))
-            ledger.add(trace("fourth"))
-        with open_ledger(torn, SENT) as ledger:
-            assert ledger.get(("fourth", 0)) == trace("fourth")
-            assert ledger.damaged_lines == 0
+    around_ends = [end + by for end in ends for by in (-2, -1, 0, 1)]
+    for size in sorted({*range(0, len(data), 23), *around_ends} - {len(data) + 1}):
+        torn = tmp_path / f"torn{size}"
+        shutil.copytree(whole.folder, torn)
+        (torn / file).write_bytes(data[:size])
+        complete = data[:size].count(b"\n") if file == "answers.jsonl" else 3
+        ledger = opened_at(torn)
+        assert [ledger.answered((name, 0)) for name in names] == [index < complete for index in range(3)]
+        # an answer that was torn had been journalled, so it is known to be in doubt
+        assert ledger.possibly_paid(("third", 0)) == (complete < 3)
+        ledger.ask(("fourth", 0))
+        ledger.add(trace("fourth"))
+        ledger.close()
+        ledger = opened_at(torn)
+        assert (ledger.get(("fourth", 0)), ledger.damaged_lines) == (trace("fourth"), 0)
+        ledger.close()
 
 
 def test_without_the_repair_a_torn_tail_would_swallow_the_next_answer(tmp_path: Path) -> None:

@@ -309,7 +309,7 @@ def test_a_selection_that_was_interrupted_leaves_no_half_files_behind(lab: Any) 
     kept = sealed.path("examples.jsonl").read_bytes()
     # as if a kill had come after some lines of a rerun were written aside
     sealed.path("stage.json").unlink()
-    sealed.path("examples.jsonl.part").write_text('{"half": ')
+    sealed.path("examples.jsonl.part").write_bytes(kept[: len(kept) // 2])
     sealed.path("flags.jsonl.part").write_text('{"half": ')
     again = run(lab, GOOD)
     assert again.path("examples.jsonl").read_bytes() == kept

