@@ -239,7 +239,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write one JSON document aside, flush it to the disk and move it into place."""
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as out:
-        json.dump(value, out, indent=2, sort_keys=True, ensure_ascii=False)
+        json.dump(value, out, indent=2, ensure_ascii=False)
         out.write("\n")
         _to_disk(out)
     os.replace(part, path)

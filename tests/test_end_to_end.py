@@ -53,10 +53,10 @@ def recipe_of(model: Path) -> dict[str, Any]:
                 {
                     "kind": "sft",
                     "lr": 1e-3,
-                    "epochs": 12,
+                    "epochs": 150,
                     "step_tokens": 512,
                     "micro_batch_tokens": 256,
-                    "checkpoint_every_steps": 3,
+                    "checkpoint_every_steps": 5,
                 }
             ],
         },

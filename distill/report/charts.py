@@ -73,16 +73,16 @@ def bars(title: str, rows: Sequence[Bar], ticks: Sequence[tuple[float, str]] = (
 
 
 def _bar(row: Bar) -> str:
-    fill = whisker = ""
-    if row.share is not None:
-        fill = f'<span class="fill" style="width:{_percent(row.share)}"></span>'
+    name = f'<span class="name">{escape(row.name)}</span>'
+    if row.share is None:
+        return f'<div class="bar {row.colour}">{name}<span class="absent">{escape(row.text)}</span></div>'
+    whisker = ""
     if row.low is not None and row.high is not None:
         whisker = f'<span class="whisker" style="left:{_percent(row.low)};width:{_percent(row.high - row.low)}"></span>'
     detail = f' <span class="detail">{escape(row.detail)}</span>' if row.detail else ""
-    na = "" if row.share is not None else " na"
     return (
-        f'<div class="bar {row.colour}"><span class="name">{escape(row.name)}</span>'
-        f'<span class="track">{fill}{whisker}</span><span class="value{na}">{escape(row.text)}{detail}</span></div>'
+        f'<div class="bar {row.colour}">{name}<span class="track"><span class="fill" style="width:{_percent(row.share)}">'
+        f'</span>{whisker}</span><span class="value">{escape(row.text)}{detail}</span></div>'
     )
 
 

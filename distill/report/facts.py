@@ -6,14 +6,13 @@ which `scores.py` reads.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel
 
-from distill.config import Recipe, recipe_from
+from distill.config import recipe_from
 from distill.errors import RecipeError
 from distill.records import Example, Prompt, Trace, read_records
 
@@ -198,7 +197,6 @@ class Facts:
     environments: tuple[Environment, ...]
     recipe_yaml: str
     """The recipe as resolved, less what has its default; empty where it is not known."""
-    notes: tuple[str, ...] = field(default=())
 
 
 def gather(pipeline: Pipeline) -> Facts:
@@ -228,9 +226,7 @@ def clip(text: str, chars: int = TEXT_CHARS) -> str:
 
 def _stage(run: StageRun, runs: Path) -> StageFact:
     folder = run.folder.relative_to(runs) if run.folder.is_relative_to(runs) else run.folder
-    return StageFact(
-        run.label, run.identity, folder.as_posix(), run.state, run.seconds, run.document.get("finished")
-    )
+    return StageFact(run.label, run.identity, folder.as_posix(), run.state, run.seconds, run.document.get("finished"))
 
 
 # --- traces ---------------------------------------------------------------------------------------------------------
@@ -243,7 +239,10 @@ def funnel(pipeline: Pipeline) -> Funnel | None:
     selected = (select.json("funnel.json") if select else None) or {}
     if not counts and not selected:
         return None
-    drops = tuple(Drop(**{key: step[key] for key in ("reason", "why", "dropped", "remaining")}) for step in selected.get("funnel", ()))
+    drops = tuple(
+        Drop(**{key: step[key] for key in ("reason", "why", "dropped", "remaining")})
+        for step in selected.get("funnel", ())
+    )
     return Funnel(
         asked=counts.get("samples", selected.get("samples")),
         answered=counts.get("answered", _answered(drops, selected)),
@@ -334,7 +333,11 @@ def _traces(run: StageRun, wanted: set[str]) -> dict[str, Trace]:
 
 def _prompts(run: StageRun, wanted: set[str]) -> dict[str, Prompt]:
     path = run.file("train.jsonl") if wanted else None
-    return {prompt.prompt_id: prompt for prompt in (read_records(path, Prompt) if path else ()) if prompt.prompt_id in wanted}
+    return {
+        prompt.prompt_id: prompt
+        for prompt in (read_records(path, Prompt) if path else ())
+        if prompt.prompt_id in wanted
+    }
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -469,14 +472,8 @@ def recipe_yaml(pipeline: Pipeline) -> str:
     if not pipeline.recipe:
         return ""
     try:
-        plain = _given(recipe_from(pipeline.recipe))
+        recipe = recipe_from(pipeline.recipe)
+        plain = {"name": recipe.name, **recipe.model_dump(mode="json", exclude_defaults=True)}
     except RecipeError:  # written by another version
         plain = dict(pipeline.recipe)
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
-
-
-def _given(recipe: Recipe) -> dict[str, Any]:
-    plain = recipe.model_dump(mode="json", exclude_defaults=True)
-    # a section of nothing but defaults is still asked for
-    empty = {name: {} for name, value in recipe if isinstance(value, BaseModel) and name not in plain and value is not None}
-    return {"name": recipe.name, **plain, **{k: v for k, v in empty.items() if k in ("evaluate", "export", "teacher")}}

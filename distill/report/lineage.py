@@ -122,7 +122,9 @@ def find_pipeline(target: Recipe | Path, options: RunOptions) -> Pipeline:
     """
     pipeline = _resolve(target, options)
     if all(run.state == "not run" for run in pipeline.stages.values()):
-        raise RunError(f"nothing to report: no stage of {pipeline.name} has run in {pipeline.runs}; run the recipe first")
+        raise RunError(
+            f"nothing to report: no stage of {pipeline.name} has run in {pipeline.runs}; run the recipe first"
+        )
     return pipeline
 
 
@@ -135,7 +137,9 @@ def _resolve(target: Recipe | Path, options: RunOptions) -> Pipeline:
         return _of_stage_folder(target)
     if target.suffix == ".json" and target.is_file():
         return _of_record(target)
-    raise DataError(f"{target}: no such run; give a recipe (.yaml), a pipeline (runs/pipelines/*.json) or a stage's folder")
+    raise DataError(
+        f"{target}: no such run; give a recipe (.yaml), a pipeline (runs/pipelines/*.json) or a stage's folder"
+    )
 
 
 def _of_recipe(recipe: Recipe, options: RunOptions) -> Pipeline:

@@ -217,7 +217,7 @@ def accuracy(report: "Report", palette: Palette) -> str:
     if not groups:
         return ""
     body = "".join(_set_accuracy(name, group, palette) for name, group in groups.items())
-    lead = "Did the student learn? Verified answers on problems that no model was trained on."
+    lead = "Did the student learn? Verified answers to problems that were kept out of its training set."
     return section("accuracy", "Accuracy", lead, body)
 
 
@@ -238,7 +238,9 @@ def _set_accuracy(name: str, group: Sequence[Score], palette: Palette) -> str:
         Column("Model"), number("Accuracy"), number("minus base, points"), number("minus student, points"),
         number("Problems"), number("Mean tokens"), number("Stops"), number("Truncated"), number("tokens/s"), number("MB"),
     ]  # fmt: skip
-    return f"{chart}{table(f'All numbers on {name}', columns, rows)}{notes.listed()}{_budget_chart(name, group, palette)}"
+    return (
+        f"{chart}{table(f'All numbers on {name}', columns, rows)}{notes.listed()}{_budget_chart(name, group, palette)}"
+    )
 
 
 def _accuracy_bar(score: Score, palette: Palette) -> Bar:
@@ -253,7 +255,11 @@ def _accuracy_bar(score: Score, palette: Palette) -> Bar:
 def _score_row(score: Score, palette: Palette, notes: Notes) -> list[str]:
     def known(name: str, text: Callable[[float], str]) -> str:
         value = getattr(score, name)
-        return text(value) if value is not None else notes.absent(score.reasons.get(name, score.reasons.get("accuracy", "")))
+        return (
+            text(value)
+            if value is not None
+            else notes.absent(score.reasons.get(name, score.reasons.get("accuracy", "")))
+        )
 
     def difference(name: str, other: str) -> str:
         if score.model == other:
@@ -313,7 +319,9 @@ def _left_out(score: Score) -> str:
 def _telling_budgets(scores: Sequence[Score]) -> list[int]:
     """Budgets up to the first one beyond which nothing changes; at least two."""
     budgets = sorted(set.intersection(*(set(score.within_tokens) for score in scores)))
-    while len(budgets) > 2 and all(score.within_tokens[budgets[-1]] == score.within_tokens[budgets[-2]] for score in scores):
+    while len(budgets) > 2 and all(
+        score.within_tokens[budgets[-1]] == score.within_tokens[budgets[-2]] for score in scores
+    ):
         budgets.pop()
     return budgets
 
@@ -392,7 +400,14 @@ def _gates(made: Artifact, palette: Palette) -> str:
     rows = [_gate_row(gate, palette) for gate in made.gates]
     if not rows:
         return '<p class="note">No gate has been run.</p>'
-    columns = [Column("Variant"), Column("Gate"), Column("Status"), number("Value"), number("Limit"), Column("Detail")]
+    columns = [
+        Column("Variant"),
+        Column("Gate"),
+        Column("Status"),
+        number("Value"),
+        number("Limit"),
+        Column("Detail", "text"),
+    ]
     unfinished = "" if made.complete else " (unfinished: gates still to come are listed as not run)"
     return table(f"Gates{unfinished}", columns, rows)
 
@@ -430,7 +445,9 @@ def answers(report: "Report", palette: Palette) -> str:
         if (case.set, case.kind) != kind:
             kind = (case.set, case.kind)
             shown = sum((other.set, other.kind) == kind for other in cases)
-            body.append(f"<h3>{escape(case.kind)} <small class='na'>{shown} of {case.of_kind:,} on {escape(case.set)}</small></h3>")
+            body.append(
+                f"<h3>{escape(case.kind)} <small class='na'>{shown} of {case.of_kind:,} on {escape(case.set)}</small></h3>"
+            )
         body.append(_case(case, palette, is_open=index == 0))
     lead = (
         "The same problems, side by side: first the answers that quantization changed, then those that training changed."
@@ -496,7 +513,12 @@ def traces(report: "Report", palette: Palette) -> str:
     else:
         body += [_funnel_table(facts.funnel), _verdicts(facts.funnel), _flags(facts.funnel)]
     body += _training_examples(facts.examples)
-    return section("traces", "Traces", "Is the data right? From what was asked to what trains, with every drop and its reason.", *body)
+    return section(
+        "traces",
+        "Traces",
+        "Is the data right? From what was asked to what trains, with every drop and its reason.",
+        *body,
+    )
 
 
 def _prompts_line(counts: Mapping[str, object]) -> str:
@@ -506,7 +528,9 @@ def _prompts_line(counts: Mapping[str, object]) -> str:
         "split_surplus": "left out by the split", "kept_apart": "kept apart for other sets", "heldout": "held out",
         "train": "to be answered by the teacher",
     }  # fmt: skip
-    shown = [f"{counts[key]:,} {name}" for key, name in names.items() if isinstance(counts.get(key), int) and counts[key]]
+    shown = [
+        f"{counts[key]:,} {name}" for key, name in names.items() if isinstance(counts.get(key), int) and counts[key]
+    ]
     return f'<p class="note">{escape(", ".join(shown))}.</p>' if shown else ""
 
 
@@ -518,7 +542,15 @@ def _funnel_table(funnel: Funnel) -> str:
     if funnel.answered is not None:
         lost = (funnel.asked or funnel.answered) - funnel.answered
         gone = cell_bar(funnel.answered / asked, lost / asked)
-        rows.append(["answered", gone, f"{funnel.answered:,}", f"{lost:,}" if lost else "", "requests without an answer" if lost else ""])
+        rows.append(
+            [
+                "answered",
+                gone,
+                f"{funnel.answered:,}",
+                f"{lost:,}" if lost else "",
+                "requests without an answer" if lost else "",
+            ]
+        )
     for drop in funnel.drops:
         if drop.reason not in ("api-error", "no-trace"):
             gone = cell_bar(drop.remaining / asked, drop.dropped / asked)
@@ -528,7 +560,7 @@ def _funnel_table(funnel: Funnel) -> str:
     else:
         why = f"train, of {funnel.prompts:,} problems" if funnel.prompts is not None else "train"
         rows.append(["examples", cell_bar(funnel.examples / asked), f"{funnel.examples:,}", "", why])
-    columns = [Column("Step"), Column("", "wide"), number("Left"), number("Dropped"), Column("Why")]
+    columns = [Column("Step"), Column("", "wide"), number("Left"), number("Dropped"), Column("Why", "text")]
     return table("Traces: from asked for to training examples", columns, rows, total=True)
 
 
@@ -551,7 +583,9 @@ def _flags(funnel: Funnel) -> str:
 def _training_examples(examples: Sequence[TrainingExample]) -> list[str]:
     kept = [example for example in examples if example.dropped is None]
     dropped = [example for example in examples if example.dropped is not None]
-    html = [f"<h3>What trains <small class='na'>the first {len(kept)}</small></h3>", *map(_example, kept)] if kept else []
+    html = (
+        [f"<h3>What trains <small class='na'>the first {len(kept)}</small></h3>", *map(_example, kept)] if kept else []
+    )
     if dropped:
         html += ["<h3>What does not <small class='na'>one for each reason</small></h3>", *map(_example, dropped)]
     return html
@@ -560,7 +594,11 @@ def _training_examples(examples: Sequence[TrainingExample]) -> list[str]:
 def _example(example: TrainingExample) -> str:
     why = f" {chip(example.dropped, 'none')}" if example.dropped else ""
     gold = f'<p class="gold">Reference: <code>{escape(example.gold)}</code></p>' if example.gold is not None else ""
-    reasoning = f'<p class="label">reasoning</p><pre class="block">{escape(example.reasoning)}</pre>' if example.reasoning else ""
+    reasoning = (
+        f'<p class="label">reasoning</p><pre class="block">{escape(example.reasoning)}</pre>'
+        if example.reasoning
+        else ""
+    )
     return (
         f'<details class="case"><summary><span class="q">{escape(example.prompt)}</span>{why}</summary><div class="body">'
         f'<p class="label">trace {escape(example.trace_id)}</p><pre class="block">{escape(example.prompt)}</pre>{gold}'
@@ -584,24 +622,45 @@ def _phase(phase: Phase) -> str:
     kind = f" · {phase.kind}" if phase.kind else ""
     state = "" if phase.state == "done" else f" {chip(*STATES[phase.state])}"
     heading = f"<h3>{escape(phase.label + kind)}{state}</h3>"
-    return heading + tiles(_phase_tiles(phase)) + (_curves(phase) if phase.curve else '<p class="note">No step yet.</p>')
+    return (
+        heading + tiles(_phase_tiles(phase)) + (_curves(phase) if phase.curve else '<p class="note">No step yet.</p>')
+    )
 
 
 def _phase_tiles(phase: Phase) -> list[tuple[str, str, str]]:
     counts = phase.counts
-    shown = [("Steps", f"{phase.steps:,}", f"of {counts['steps']:,}" if counts.get("steps", phase.steps) != phase.steps else "")]
-    shown.append(("Tokens", f"{phase.tokens:,}", f"{counts['supervised_tokens']:,} supervised" if "supervised_tokens" in counts else ""))
+    shown = [
+        (
+            "Steps",
+            f"{phase.steps:,}",
+            f"of {counts['steps']:,}" if counts.get("steps", phase.steps) != phase.steps else "",
+        )
+    ]
+    shown.append(
+        (
+            "Tokens",
+            f"{phase.tokens:,}",
+            f"{counts['supervised_tokens']:,} supervised" if "supervised_tokens" in counts else "",
+        )
+    )
     if phase.tokens_per_s is not None:
         seconds = f"{duration(counts['train_seconds'])} of steps" if "train_seconds" in counts else ""
         shown.append(("Speed", f"{phase.tokens_per_s:,.0f} tokens/s", seconds))
     if phase.curve:
         first, last = counts.get("first_loss"), counts.get("last_loss")
-        first, last = (phase.curve[0].loss if first is None else first), (phase.curve[-1].loss if last is None else last)
+        first, last = (
+            (phase.curve[0].loss if first is None else first),
+            (phase.curve[-1].loss if last is None else last),
+        )
         shown.append(("Loss, nats/token", f"{first:.3f} → {last:.3f}", "first and last step"))
     if "packing_efficiency" in counts:
         shown.append(("Packing efficiency", percent(counts["packing_efficiency"]), "of micro-batches filled"))
     if "documents" in counts:
-        extra = [f"{counts[key]:,} {name}" for key, name in (("too_long", "too long"), ("seam_differs", "differ at the seam")) if counts.get(key)]
+        extra = [
+            f"{counts[key]:,} {name}"
+            for key, name in (("too_long", "too long"), ("seam_differs", "differ at the seam"))
+            if counts.get(key)
+        ]
         shown.append(("Documents", f"{counts['documents']:,}", ", ".join(extra)))
     return shown
 
@@ -620,7 +679,16 @@ def _curves(phase: Phase) -> str:
     averaged = f'<p class="note">Each point is the mean of {phase.averaged} steps.</p>' if phase.averaged > 1 else ""
     every = max(1, len(phase.curve) // CURVE_ROWS)
     shown = [*phase.curve[:-1:every], phase.curve[-1]]
-    rows = [[f"{p.step:,}", f"{p.tokens:,}", f"{p.loss:.4f}", f"{p.lr:.3g}", f"{p.grad_norm:.3g}" if p.grad_norm is not None else ""] for p in shown]
+    rows = [
+        [
+            f"{p.step:,}",
+            f"{p.tokens:,}",
+            f"{p.loss:.4f}",
+            f"{p.lr:.3g}",
+            f"{p.grad_norm:.3g}" if p.grad_norm is not None else "",
+        ]
+        for p in shown
+    ]
     columns = [Column("Step"), number("Tokens"), number("Loss"), number("Learning rate"), number("Gradient norm")]
     return charts + averaged + fold("The curve as numbers", table(f"{phase.label}: steps", columns, rows))
 
@@ -649,7 +717,13 @@ def cost(report: "Report", _: Palette) -> str:
     """Money and tokens of the teacher, time and place of every stage."""
     facts = report.facts
     money = _money(facts.costs) if facts.costs else ""
-    return section("cost", "Cost", "What it took: the teacher's tokens and money, and the wall time of every stage.", money, _stages(facts))
+    return section(
+        "cost",
+        "Cost",
+        "What it took: the teacher's tokens and money, and the wall time of every stage.",
+        money,
+        _stages(facts),
+    )
 
 
 def _money(costs: Costs) -> str:
@@ -658,7 +732,9 @@ def _money(costs: Costs) -> str:
     absent = '<span class="na">n/a</span>'
 
     def add(name: str, value: float | None, text: Callable[[float], str], reason: str) -> None:
-        shown.append((name, absent if value is None else text(value), costs.reasons.get(reason, "") if value is None else ""))
+        shown.append(
+            (name, absent if value is None else text(value), costs.reasons.get(reason, "") if value is None else "")
+        )
 
     add("All answers in use", costs.usd, dollars, "usd")
     add("Bought by this run", costs.spent_usd, dollars, "spent_usd")

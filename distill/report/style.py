@@ -88,6 +88,7 @@ tbody th { font-weight: 600; white-space: nowrap }
 .n { text-align: right; white-space: nowrap }
 .n small, td small { color: var(--soft); font-size: 13px; white-space: nowrap }
 .wide { min-width: 110px; width: 28% }
+.text { min-width: 220px }
 .nowrap { white-space: nowrap }
 .mono { font: 12px/1.7 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; color: var(--soft);
   white-space: nowrap }
@@ -101,7 +102,7 @@ figcaption { font-weight: 600; font-size: 14px; margin-bottom: 8px }
   min-height: 28px; font-size: 14px }
 .bar .name { font-weight: 600; overflow-wrap: anywhere; line-height: 1.2 }
 .bar .value { white-space: nowrap }
-.bar .value.na { white-space: normal; line-height: 1.25; font-size: 13px }
+.bar .absent { grid-column: 2 / 4; color: var(--soft); font-size: 13px; line-height: 1.25 }
 .bar .detail { color: var(--soft); font-size: 13px }
 .track { position: relative; display: block; height: 16px; background: var(--track); border-radius: 2px }
 .fill { position: absolute; inset: 0 auto 0 0; background: var(--c); border-radius: 2px; opacity: .85 }
@@ -190,7 +191,7 @@ summary:focus-visible { outline: 2px solid var(--student); outline-offset: 2px }
   main, header, footer { max-width: none; padding: 0 }
   section { margin-top: 14px; padding-top: 16px }
   figure, tr, .case, .tiles, .answer { break-inside: avoid }
-  h2, h3, caption { break-after: avoid }
+  h2, h3, .lead, caption, figcaption { break-after: avoid }
   .scroll { overflow: visible }
   .answers pre { max-height: none }
   .case::details-content { content-visibility: visible; display: block }

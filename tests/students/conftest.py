@@ -39,17 +39,13 @@ def live(tiny_model: Callable[[str], Path]) -> Callable[..., Any]:
     """A function that loads a fresh student of a family: `live("qwen3", "float64", attention="sdpa")`."""
 
     def load(family: str = "llama", dtype: str = "float32", attention: str = PER_DOCUMENT, **changes: Any) -> Any:
-        model = load_model(find_model(str(tiny_model(family))), dtype, "cpu", attention)
-        if changes:
-            model = type(model)(type(model.config)(**{**model.config.to_dict(), **changes}))
-            model.set_attn_implementation(attention)
-            model = model.to(next(iter(load_dtype(dtype)))).eval()
-        return enliven(model)
-
-    def load_dtype(dtype: str) -> list[Any]:
         import torch
 
-        return [getattr(torch, dtype)]
+        model = load_model(find_model(str(tiny_model(family))), dtype, "cpu", attention)
+        if changes:
+            model = type(model)(type(model.config)(**(model.config.to_dict() | changes)))
+            model.set_attn_implementation(attention)
+        return enliven(model.to(getattr(torch, dtype)).eval())
 
     return load
 

@@ -184,17 +184,29 @@ def test_masks_go_by_position_where_the_pad_token_is_the_end_token(
     assert abs(wrong.item() - loss.item()) > 1
 
 
-@pytest.mark.parametrize("budgets", [(30, 60), (1, 60), (15, 30)])
-def test_cutting_a_step_into_micro_batches_changes_no_gradient(
-    live: Callable[..., Any], make_documents: Callable[..., Documents], budgets: tuple[int, int]
+def test_cutting_a_step_into_eight_four_or_one_micro_batches_changes_no_gradient(
+    live: Callable[..., Any], make_documents: Callable[..., Documents]
 ) -> None:
     documents = make_documents([9, 3, 5, 6, 14, 2, 8, 7], [3, 1, 4, 2, 11, 1, 4, 6])
     model = live("qwen2", "float64")
-    results = []
-    for budget in budgets:
+    cut = []
+    for budget in (1, 17, 54):
         loss, packs = packed_loss(model, documents, budget)
-        results.append((loss.item(), all_gradients(model, loss), len(packs)))
-    (one, gradients_one, packs_one), (other, gradients_other, packs_other) = results
-    assert packs_one != packs_other
-    assert one == pytest.approx(other, abs=1e-9)
-    assert largest(list(gradients_one.values()), list(gradients_other.values())) < 1e-9
+        cut.append((len(packs), loss.item(), list(all_gradients(model, loss).values())))
+    assert [packs for packs, _, _ in cut] == [8, 4, 1]
+    (_, whole, expected) = cut[-1]
+    for _, loss, found in cut[:-1]:
+        assert loss == pytest.approx(whole, abs=1e-9)
+        assert largest(found, expected) < 1e-9
+
+
+def test_averaging_the_means_of_micro_batches_would_change_the_gradient(
+    live: Callable[..., Any], make_documents: Callable[..., Documents]
+) -> None:
+    documents = make_documents([9, 3, 5, 6, 14, 2, 8, 7], [3, 1, 4, 2, 11, 1, 4, 6])
+    model = live("qwen2", "float64")
+    _, packs = packed_loss(model, documents, 17)
+    by_token = sum(pack_loss(model, pack) for pack in packs) / sum(len(pack.rows_N) for pack in packs)
+    by_batch = sum(pack_loss(model, pack) / len(pack.rows_N) for pack in packs) / len(packs)
+    right, wrong = (list(all_gradients(model, loss).values()) for loss in (by_token, by_batch))
+    assert largest(right, wrong) > 1e-3
