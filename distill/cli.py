@@ -271,7 +271,10 @@ def _print_outcome(outcome: "Outcome", stage: str | None, as_json: bool) -> None
 
 
 def _counts(counts: Any, most: int = 6) -> str:
-    """The first plain numbers of a stage's counts."""
+    """An evaluation's accuracy with its interval, or the first plain numbers of another stage's counts."""
+    if counts.get("available"):
+        interval = f"{counts['accuracy_low']:.1%} to {counts['accuracy_high']:.1%}"
+        return f"accuracy {counts['accuracy']:.1%} ({interval}) on {counts['problems']} problems"
     plain = {k: v for k, v in counts.items() if isinstance(v, int | float | str)}
     return ", ".join(
         f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value:,}" if isinstance(value, int)

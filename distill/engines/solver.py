@@ -66,12 +66,15 @@ class SolverEngine:
 def solve(prompt: Prompt) -> tuple[str, str]:
     """The worked steps and the result of one problem.
 
-    Raises EngineError for a task without a built-in solution.
+    Raises EngineError for a task without a built-in solution and for a problem that reasoning-gym did not make.
     """
     task = prompt.row.get("task", "")
     if task not in SOLVERS:
         raise EngineError(f"the solver has no worked solution for task {task!r}; it knows {', '.join(SOLVERS)}")
-    return SOLVERS[task](prompt.row["entry"]["metadata"])
+    metadata = prompt.row.get("entry", {}).get("metadata")
+    if not metadata:
+        raise EngineError("the solver works from reasoning-gym's own record of a problem, and this prompt has none")
+    return SOLVERS[task](metadata)
 
 
 # --- sums and differences, column by column -------------------------------------------------------------------------
@@ -127,14 +130,14 @@ def digit(number: int, place: int) -> int:
 
 def solve_chain(metadata: dict[str, Any]) -> tuple[str, str]:
     """`12 + 7 - 5`: one operation after the other, each in columns."""
-    expression = str(metadata["expression"]).strip()
-    if not re.fullmatch(r"\d+(?: *[-+] *\d+)*", expression):
-        raise EngineError(f"the solver adds and subtracts whole numbers only, not {expression!r}")
-    parts = re.findall(r"\d+|[-+]", expression)
-    total = int(parts[0])
+    expression = str(metadata["expression"]).replace(" ", "")
+    if not re.fullmatch(r"-?\d+(?:[-+]-?\d+)*", expression):
+        raise EngineError(f"the solver adds and subtracts whole numbers only, not {metadata['expression']!r}")
+    first, *others = re.findall(r"^-?\d+|[-+]-?\d+", expression)
+    total = int(first)
     steps = []
-    for operator, term in zip(parts[1::2], parts[2::2]):
-        value = int(term) if operator == "+" else -int(term)
+    for term in others:
+        value = int(term[1:]) if term[0] == "+" else -int(term[1:])
         steps.append(add_signed(total, value))
         total += value
     return "\n".join(steps) or f"= {total}", str(total)

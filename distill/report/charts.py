@@ -80,9 +80,10 @@ def _bar(row: Bar) -> str:
     if row.low is not None and row.high is not None:
         whisker = f'<span class="whisker" style="left:{_percent(row.low)};width:{_percent(row.high - row.low)}"></span>'
     detail = f' <span class="detail">{escape(row.detail)}</span>' if row.detail else ""
+    fill = f'<span class="fill" style="width:{_percent(row.share)}"></span>'
     return (
-        f'<div class="bar {row.colour}">{name}<span class="track"><span class="fill" style="width:{_percent(row.share)}">'
-        f'</span>{whisker}</span><span class="value">{escape(row.text)}{detail}</span></div>'
+        f'<div class="bar {row.colour}">{name}<span class="track">{fill}{whisker}</span>'
+        f'<span class="value">{escape(row.text)}{detail}</span></div>'
     )
 
 
@@ -101,10 +102,10 @@ def lines(title: str, series: Sequence[Line], x: Axis, y: Axis, dots: bool = Fal
     """A line chart; `dots` marks the points, `small` halves its height."""
     strokes = "".join(_grid_line(y.at(value)) for value, _ in y.ticks) + "".join(_stroke(line, x, y) for line in series)
     marks = "".join(_dots(line, x, y) for line in series) if dots else ""
+    words = _in_words(title, series, x, y)
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{_legend(series)}'
-        f'<div class="plot{" small" if small else ""}" role="img" aria-label="{escape(_in_words(title, series, x, y))}">'
-        f'<div class="area">'
+        f'<div class="plot{" small" if small else ""}" role="img" aria-label="{escape(words)}"><div class="area">'
         f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{strokes}</svg>{marks}'
         f"{''.join(_tick(value, text, x, 'x') for value, text in x.ticks)}"
         f"{''.join(_tick(value, text, y, 'y') for value, text in y.ticks)}"
@@ -155,7 +156,7 @@ def _tick(value: float, text: str, axis: Axis, side: str) -> str:
 def round_ticks(
     low: float, high: float, text: Callable[[float], str] = "{:g}".format, most: int = TICKS
 ) -> list[tuple[float, str]]:
-    """Round values that span `low` to `high`: at most `most` steps of 1, 2 or 5 times a power of ten, and their ends."""
+    """Round values that span `low` to `high`: at most `most` steps, of 1, 2 or 5 times a power of ten."""
     span = high - low if high > low else abs(high) or 1.0
     power = 10 ** math.floor(math.log10(span / most))
     step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= most)

@@ -124,6 +124,8 @@ class Phase:
     """Steps in the curve; while it trains, those done so far."""
     tokens: int
     tokens_per_s: float | None
+    first_loss: float | None
+    last_loss: float | None
     averaged: int
     """Steps that each point of the curve stands for."""
     curve: tuple[CurvePoint, ...]
@@ -267,7 +269,7 @@ def costs(pipeline: Pipeline) -> Costs | None:
     counts, reasons = run.counts, {}
     priced = bool(teacher.get("prices")) or counts.get("usd", 0) > 0
     if not priced:
-        reasons["usd"] = reasons["spent_usd"] = "the recipe gives the teacher no prices"
+        reasons["usd"] = "the recipe gives the teacher no prices"
     counted = counts.get("output_tokens", 0) > 0
     if not counted:
         reasons["output_tokens"] = "the teacher's engine counts no tokens"
@@ -359,6 +361,8 @@ def phase(run: StageRun, pipeline: Pipeline) -> Phase:
         steps=len(rows),
         tokens=tokens,
         tokens_per_s=tokens / seconds if seconds else None,
+        first_loss=rows[0]["loss"] if rows else None,
+        last_loss=rows[-1]["loss"] if rows else None,
         averaged=averaged,
         curve=tuple(_curve(rows, averaged)),
     )
@@ -403,11 +407,13 @@ def artifact(pipeline: Pipeline) -> Artifact | None:
     names = variant_names(pipeline)
     found = run.json("gates.json")
     gates = [_gate(gate) for gate in (found["gates"] if found else _gates_so_far(run, names))]
+    gates += [] if found else [_owed(name) for name in names]
+    order = {name: place for place, name in enumerate(names)}
     return Artifact(
         state=run.state,
         folder=(run.folder / "artifact").as_posix(),
         variants=tuple(_variant(run, name) for name in names),
-        gates=tuple(gates if found else [*gates, *(_owed(name) for name in names)]),
+        gates=tuple(sorted(gates, key=lambda gate: order.get(gate.variant, len(order)))),
         complete=found is not None,
     )
 

@@ -1,14 +1,26 @@
-"""Small pieces of the page: numbers as text, tables, notes, chips. Everything that comes in as text is escaped here
-or by the caller; functions that take `html` say so."""
+"""Small pieces of the page: numbers as text, colours, tables, notes, chips.
+
+Text is escaped here; what a function takes as html, and says so, was escaped by its caller.
+"""
 
 from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-from .facts import Estimate
+from .facts import Artifact, Estimate
+from .lineage import MODEL_ORDER
+from .scores import Score
 
 MINUS = "\N{MINUS SIGN}"
 MINUTE, HOUR = 60, 3600
+VARIANT_COLOURS = 5
+STATUS = {"passed": ("✓ passed", "good"), "failed": ("✗ failed", "bad"), "not_run": ("not run", "none")}
+"""Words and colour of a gate's status."""
+STATES = {"done": ("done", "good"), "unfinished": ("unfinished", "none"), "not run": ("not run", "none")}
+"""Words and colour of a stage's state."""
+
+
+NA = '<span class="na">n/a</span>'
 
 
 class Column(NamedTuple):
@@ -61,7 +73,9 @@ def compact(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`0.1 s`, `49 s`, `4 min 30 s`, `2 h 05 min`."""
+    """`under 0.1 s`, `0.1 s`, `49 s`, `4 min 30 s`, `2 h 05 min`."""
+    if seconds < 0.05:
+        return "under 0.1 s"
     if seconds < MINUTE:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     whole = round(seconds)
@@ -86,6 +100,25 @@ def when(timestamp: str) -> str:
     return f"{day} {time[:5]} UTC" if time else timestamp
 
 
+class Palette:
+    """The colour class of every model: the same in all charts."""
+
+    def __init__(self, scores: Sequence[Score], artifact: Artifact | None) -> None:
+        built = [variant.name for variant in artifact.variants] if artifact else []
+        scored = [score.model for score in scores if score.kind == "variant"]
+        self._variants = list(dict.fromkeys([*scored, *built]))
+
+    def of(self, model: str) -> str:
+        """`m-student`, `m-v0` …"""
+        if model in self._variants:
+            return f"m-v{self._variants.index(model) % VARIANT_COLOURS}"
+        return f"m-{model}" if model in MODEL_ORDER else "m-plain"
+
+    def label(self, model: str) -> str:
+        """The model's name behind a swatch of its colour."""
+        return f'<span class="{self.of(model)}"><i class="swatch" aria-hidden="true"></i>{escape(model)}</span>'
+
+
 # --- pieces ---------------------------------------------------------------------------------------------------------
 
 
@@ -98,7 +131,7 @@ class Notes:
     def absent(self, reason: str) -> str:
         """`n/a` with the number of its reason."""
         if not reason:
-            return '<span class="na">n/a</span>'
+            return NA
         if reason not in self._reasons:
             self._reasons.append(reason)
         return f'<span class="na">n/a<sup>{self._reasons.index(reason) + 1}</sup></span>'

@@ -18,6 +18,8 @@ from .lineage import MODEL_ORDER, Pipeline, StageRun
 
 Kind = Literal["teacher", "base", "student", "variant"]
 
+WITHOUT_SIZE = {"variant": "not built yet", "student": "not trained yet"}
+"""Why a model of the run store has no size."""
 CASES_OF_A_KIND = 3
 """Problems shown of each kind of change."""
 
@@ -46,6 +48,10 @@ class Score:
     """Accuracy if generation had stopped at so many tokens."""
     outcomes: Mapping[str, int] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def why_not(self, name: str) -> str:
+        """Why a value is None: its own reason, else that of the whole evaluation."""
+        return self.reasons.get(name) or self.reasons.get("accuracy", "")
 
 
 @dataclass(frozen=True)
@@ -203,7 +209,7 @@ def score(one: Evaluated, group: Sequence[Evaluated], sizes: Mapping[str, float]
     known: dict[str, Any] = {"megabytes": sizes.get(one.model)}
     reasons: dict[str, str] = {}
     if known["megabytes"] is None:
-        reasons["megabytes"] = "its weights are not in the run store"
+        reasons["megabytes"] = WITHOUT_SIZE.get(one.kind, "its weights are not in the run store")
     if one.available and one.summary:
         known |= _measured(one.summary, reasons)
         for other in ("base", "student"):
@@ -324,11 +330,17 @@ def _kinds(group: Sequence[Evaluated]) -> Iterator[tuple[str, list[Key], list[st
         yield "base and student wrong", pair.where(False, False), common
         yield "base and student right", pair.where(True, True), common
     if not trained:
-        alone = next((one for one in reversed(group) if one.available), None)
-        if alone is not None and not quantized:
-            wrong = sorted(key for key, item in alone.items.items() if not item.verdict.correct)
-            yield f"{alone.model} wrong", wrong, common
-            yield f"{alone.model} right", sorted(alone.items.keys() - set(wrong)), common
+        yield from _kinds_alone(group, common)
+
+
+def _kinds_alone(group: Sequence[Evaluated], models: Sequence[str]) -> Iterator[tuple[str, list[Key], list[str]]]:
+    """Where training cannot be compared: what the student (else the last model that answered) gets wrong and right."""
+    answered = [one for one in group if one.available]
+    if answered:
+        alone = _of(answered, "student") or answered[-1]
+        for title, right in (("wrong", False), ("right", True)):
+            keys = sorted(key for key, item in alone.items.items() if item.verdict.correct == right)
+            yield f"{alone.model} {title}", keys, [*models, alone.model]
 
 
 def _case(title: str, of_kind: int, key: Key, group: Sequence[Evaluated], models: Sequence[str]) -> Case:

@@ -40,7 +40,8 @@ header { padding-top: 36px }
 .note, .notes { color: var(--soft); font-size: 13px; max-width: 90ch }
 .notes { margin: 6px 0 0; padding: 0; list-style: none }
 section { padding: 30px 0 6px; margin-top: 30px; border-top: 1px solid var(--line); scroll-margin-top: 8px }
-nav ul { display: flex; flex-wrap: wrap; gap: 4px 18px; list-style: none; padding: 0; margin: 22px 0 0; font-size: 14px }
+nav ul { display: flex; flex-wrap: wrap; gap: 4px 18px; list-style: none; padding: 0; margin: 22px 0 0;
+  font-size: 14px }
 footer { padding-top: 26px; padding-bottom: 40px; color: var(--faint); font-size: 13px }
 
 .m-teacher { --c: var(--teacher) } .m-base { --c: var(--base) } .m-student { --c: var(--student) }
@@ -88,7 +89,8 @@ tbody th { font-weight: 600; white-space: nowrap }
 .n { text-align: right; white-space: nowrap }
 .n small, td small { color: var(--soft); font-size: 13px; white-space: nowrap }
 .wide { min-width: 110px; width: 28% }
-.text { min-width: 220px }
+.text { min-width: 340px }
+.slim { max-width: 460px }
 .nowrap { white-space: nowrap }
 .mono { font: 12px/1.7 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; color: var(--soft);
   white-space: nowrap }
@@ -144,7 +146,8 @@ summary { cursor: pointer }
 summary:focus-visible { outline: 2px solid var(--student); outline-offset: 2px }
 .block { background: var(--panel); border-radius: 6px; padding: 12px 14px; overflow-x: auto }
 .case { border: 1px solid var(--line); border-radius: 8px; margin: 8px 0 }
-.case > summary { padding: 9px 14px; display: flex; flex-wrap: wrap; gap: 6px 14px; align-items: center; list-style: none }
+.case > summary { padding: 9px 14px; display: flex; flex-wrap: wrap; gap: 6px 14px; align-items: center;
+  list-style: none }
 .case > summary::-webkit-details-marker { display: none }
 .case > summary::before { content: "▸"; color: var(--faint); width: 10px }
 .case[open] > summary::before { content: "▾" }
@@ -165,7 +168,8 @@ summary:focus-visible { outline: 2px solid var(--student); outline-offset: 2px }
 @media (max-width: 640px) {
   main, header, nav, footer { padding-left: 16px; padding-right: 16px }
   .answer { grid-auto-flow: row; gap: 12px }
-  .answer li { display: grid; grid-template-columns: 86px 1fr; column-gap: 12px; align-items: baseline; padding-top: 6px }
+  .answer li { display: grid; grid-template-columns: 86px 1fr; column-gap: 12px; align-items: baseline;
+    padding-top: 6px }
   .answer li + li::before { content: none }
   .answer .big { font-size: 26px }
   .answer .small { grid-column: 2 }

@@ -22,7 +22,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def enliven(model: Any, seed: int = 7) -> Any:
+def enliven(model: Any, seed: int) -> Any:
     """Weights so large that attention is far from uniform and every parameter, biases and norms too, matters."""
     import torch
 
@@ -38,14 +38,16 @@ def enliven(model: Any, seed: int = 7) -> Any:
 def live(tiny_model: Callable[[str], Path]) -> Callable[..., Any]:
     """A function that loads a fresh student of a family: `live("qwen3", "float64", attention="sdpa")`."""
 
-    def load(family: str = "llama", dtype: str = "float32", attention: str = PER_DOCUMENT, **changes: Any) -> Any:
+    def load(
+        family: str = "llama", dtype: str = "float32", attention: str = PER_DOCUMENT, seed: int = 7, **changes: Any
+    ) -> Any:
         import torch
 
         model = load_model(find_model(str(tiny_model(family))), dtype, "cpu", attention)
         if changes:
             model = type(model)(type(model.config)(**(model.config.to_dict() | changes)))
             model.set_attn_implementation(attention)
-        return enliven(model.to(getattr(torch, dtype)).eval())
+        return enliven(model.to(getattr(torch, dtype)).eval(), seed)
 
     return load
 

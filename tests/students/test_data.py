@@ -168,7 +168,8 @@ def test_a_tokenizer_without_end_token_is_refused(tokenizer: Any) -> None:
 
 
 def test_a_limit_beyond_the_context_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(TrainingError, match=r"max_tokens is 4,096, but the model's context is 512 .* max_tokens=512"):
+    message = r"max_tokens is 4,096, but the model's context is 512 tokens; set format\.max_tokens=512"
+    with pytest.raises(TrainingError, match=message):
         encode(tokenizer, example(), max_tokens=4096)
 
 

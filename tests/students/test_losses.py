@@ -135,7 +135,8 @@ def dense_loss(model: Any, documents: Documents) -> Any:
 def packed_loss(model: Any, documents: Documents, budget: int = 10_000) -> tuple[Any, list[Pack]]:
     lengths = documents.lengths
     packs = [
-        lay_out(documents.ids, documents.prompt_tokens, pack) for pack in pack_step(range(len(lengths)), lengths, budget)
+        lay_out(documents.ids, documents.prompt_tokens, pack)
+        for pack in pack_step(range(len(lengths)), lengths, budget)
     ]
     return sum(pack_loss(model, pack) for pack in packs), packs
 

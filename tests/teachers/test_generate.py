@@ -443,7 +443,7 @@ def test_a_run_that_is_killed_again_and_again_ends_equal_and_buys_no_received_an
         for _ in range(kills):
             before = len(server.requests)
             process = job.start()
-            target = before + dice.randrange(4, 18)
+            target = before + dice.randrange(10, 20)
             wait_for(lambda target=target: len(server.requests) >= target)
             process.kill()
             process.communicate()
