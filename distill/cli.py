@@ -305,9 +305,10 @@ def report(
     is_recipe = target.suffix in (".yaml", ".yml")
     if overrides and not is_recipe:
         raise RecipeError(f"{overrides[0]!r}: overrides go with a recipe; {target} is what a run left")
-    path = api.write_report(load_recipe(target, overrides or ()) if is_recipe else target, out, runs=runs)
+    source = load_recipe(target, overrides or ()) if is_recipe else target
+    path = api.write_report(source, out, runs=runs)
     if as_json:
-        _print_json({"report": str(path)})
+        _print_json({"report": str(path), **api.report_data(source, runs=runs)})
     else:
         print(path)
 

@@ -15,7 +15,6 @@ from distill.runs import RunOptions, available_cores, library_versions
 EXTRAS = {
     "train": ("torch", "transformers", "accelerate", "safetensors", "datasets", "pyarrow", "gguf", "jinja2"),
     "export": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir"),
-    "report": ("plotly",),
     "vllm": ("vllm",),
     "gpu": ("flash_attn",),
 }
@@ -24,7 +23,7 @@ EXTRAS = {
 SHOWN_VERSIONS = (
     "distill", "torch", "transformers", "tokenizers", "accelerate", "safetensors", "datasets", "onnxruntime",
     "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda", "onnx", "onnx-ir", "flash-attn", "vllm",
-    "reasoning-gym", "math-verify", "pydantic", "numpy", "plotly",
+    "reasoning-gym", "math-verify", "pydantic", "numpy",
 )  # fmt: skip
 
 

@@ -119,7 +119,7 @@ def _places(target: Recipe | Path | str, overrides: Sequence[str], runs: Path) -
     if overrides:
         raise RecipeError(f"{overrides[0]!r}: overrides go with a recipe; {path} is what a run left")
     if path.is_dir():
-        return [_of_folder(path)]
+        return [place_of_folder(path)]
     if path.suffix == ".json" and path.is_file():
         return _of_pipeline(path)
     raise DataError(
@@ -139,7 +139,7 @@ def _of_recipe(recipe: Recipe, runs: Path) -> list[Place]:
 
 
 def _of_pipeline(path: Path) -> list[Place]:
-    document = _json(path)
+    document = read_document(path)
     if "steps" not in document:
         raise DataError(f"{path}: not a pipeline's record (no steps in it); they lie in runs/pipelines/")
     steps, runs = document["steps"], path.resolve().parent.parent
@@ -151,12 +151,12 @@ def _of_pipeline(path: Path) -> list[Place]:
     ]
 
 
-def _of_folder(folder: Path) -> Place:
+def place_of_folder(folder: Path) -> Place:
     """A stage run by its folder; an unfinished one is looked up in the pipelines that name it."""
     folder = folder.resolve()
     runs = folder.parent.parent
     if (folder / STAGE_FILE).is_file():
-        document = _json(folder / STAGE_FILE)
+        document = read_document(folder / STAGE_FILE)
         found = {role: next(runs.glob(f"*/*-{identity}"), None) for role, identity in document["upstream"].items()}
         return Place(document["label"], folder, {role: path for role, path in found.items() if path})
     for record in sorted((runs / "pipelines").glob("*.json")):
@@ -166,7 +166,8 @@ def _of_folder(folder: Path) -> Place:
     raise RunError(f"{folder}: not a stage run (no {STAGE_FILE} in it, and no pipeline names it)")
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_document(path: Path) -> dict[str, Any]:
+    """A JSON object of the run store; raises the caller's kind of error where it is absent or damaged."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -219,7 +220,7 @@ def _prompts(place: Place, holder: Path) -> dict[str, Prompt]:
     """Prompts upstream of a stage, by id."""
     folders = [folder for role, folder in place.upstream.items() if role == "prompts"]
     if not folders and holder != place.folder:
-        folders = [folder for role, folder in _of_folder(holder).upstream.items() if role == "prompts"]
+        folders = [folder for role, folder in place_of_folder(holder).upstream.items() if role == "prompts"]
     files = [file for folder in folders for file in sorted(folder.glob("*.jsonl"))]
     return {prompt.prompt_id: prompt for file in files for prompt in _read(file, Prompt)}
 

@@ -118,7 +118,7 @@ class OnnxDecoder:
     MissingExtraError without onnxruntime, EngineError if the folder cannot be loaded.
     """
 
-    def __init__(self, folder: Path, threads: int, max_batch: int = 32, cache_gb: float = 4.0) -> None:
+    def __init__(self, folder: Path, threads: int, max_batch: int = 64, cache_gb: float = 4.0) -> None:
         self.folder = folder
         self.shape = read_shape(folder)
         self.max_batch = max_batch

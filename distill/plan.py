@@ -146,6 +146,8 @@ class Planner:
         if teacher.engine in ("transformers", "onnx"):
             # a local teacher reads the format's markers and renders with the recipe's template
             fields["format"] = hashed_fields(self.recipe.format)
+        if teacher.engine == "recorded":
+            fields["markers"] = [self.recipe.format.open_marker, self.recipe.format.close_marker]
         generated = self.add("generate", "generate", fields, {"prompts": prompts})
         # prompts of named evaluation sets never train, so selection depends on them
         kept_apart = {f"set:{name}": step for name, step in sets.items() if step is not prompts}

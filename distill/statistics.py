@@ -35,7 +35,8 @@ def wilson(successes: int, trials: int) -> Interval:
     share, z2 = successes / trials, Z95 * Z95
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = Z95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials * trials))
-    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+    # at no or only successes one bound is the share itself, which rounding may miss
+    return Interval(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)))
 
 
 def bootstrap_mean(per_problem: Sequence[float], seed: int = 0) -> Interval:

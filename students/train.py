@@ -104,7 +104,8 @@ def train(model: Any, documents: Documents, phase: SftPhase, precision: str, run
 
 def summarise(trainer: Trainer, metrics: Path, phase: SftPhase) -> dict[str, Any]:
     """Totals over all steps, from metrics.jsonl, so that they are right after a resume too."""
-    reports = [StepReport(**{k: row[k] for k in StepReport._fields}) for row in map(json.loads, metrics.read_text().splitlines())]
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    reports = [StepReport(**{name: row[name] for name in StepReport._fields}) for row in rows]
     tokens, packs = sum(r.tokens for r in reports), sum(r.packs for r in reports)
     return {
         "steps": len(trainer.plan),

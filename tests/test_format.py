@@ -224,6 +224,22 @@ def test_text_that_does_not_come_back_from_its_ids_is_refused(tokenizer: Any) ->
         check_round_trip(tokenizer, document, "<think>\nAdd.\n</think>\n\n5")
 
 
+def test_a_tokenizer_that_holds_the_markers_as_special_tokens_is_refused(tokenizer: Any) -> None:
+    import copy
+
+    check_markers_survive(tokenizer, FormatConfig())
+    special = copy.deepcopy(tokenizer)
+    special.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    with pytest.raises(ModelError, match="holds it as a special token"):
+        check_markers_survive(special, FormatConfig())
+
+
+def test_a_marker_mentioned_inside_reasoning_that_the_prompt_opened_loses_nothing() -> None:
+    parsed = parse_completion("first\nthe <think> tag\n</think>\n\n4", opened=True)
+    assert parsed == ("first\nthe <think> tag", "4", "closed")
+    assert parse_completion("echo <think>\nfirst\n</think>\n\n4").reasoning == "first"
+
+
 def test_a_tokenizer_that_cannot_write_the_markers_is_refused(tokenizer: Any) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -231,5 +247,5 @@ def test_a_tokenizer_that_cannot_write_the_markers_is_refused(tokenizer: Any) ->
     check_markers_survive(tokenizer, FormatConfig())
     inner = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(ModelError, match="cannot write '</think>'"):
+    with pytest.raises(ModelError, match="'</think>': the student's tokenizer cannot write it"):
         check_markers_survive(PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]"), FormatConfig())

@@ -14,8 +14,7 @@ from distill.config import Recipe, load_recipe
 from distill.errors import DataError, RunError
 
 # the resolution that `inspect` has; shared, so that both take the same targets
-from distill.inspection import _json as read_document
-from distill.inspection import _of_folder as place_of_folder
+from distill.inspection import place_of_folder, read_document
 from distill.plan import STAGES, make_plan, pipeline_file
 from distill.runs import STAGE_FILE, RunOptions, file_digest, open_sealed
 

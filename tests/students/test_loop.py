@@ -241,7 +241,7 @@ def test_tied_weights_stay_one_parameter_with_one_master(live: Live) -> None:
 def test_the_model_that_trains_is_bit_for_bit_the_model_that_will_be_loaded(
     live: Live, tmp_path: Path, family: str
 ) -> None:
-    """Above all its rotary frequencies, which `model.to(bfloat16)` would round: at position 400 that is another angle."""
+    """Above all its rotary frequencies, which `model.to(bfloat16)` would round: other angles at position 400."""
     model = live(family)
     rounded = live(family).to(torch.bfloat16)
     Masters(model, torch.bfloat16)

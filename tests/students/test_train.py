@@ -114,7 +114,8 @@ asked = [{"role": "user", "content": "1 + 4?"}]
 ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
 assert not any(name.split(".")[0] == "distill" for name in sys.modules)
 print(json.dumps({
-    "ids": ids, "class": type(model).__name__, "dtype": str(model.dtype), "attention": model.config._attn_implementation,
+    "ids": ids, "class": type(model).__name__, "dtype": str(model.dtype),
+    "attention": model.config._attn_implementation,
     "ends": [tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id],
     "pads": [tokenizer.pad_token_id, model.config.pad_token_id, model.generation_config.pad_token_id],
 }))
