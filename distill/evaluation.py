@@ -1,12 +1,14 @@
 """The eval stage: verified accuracy of one model on one named set, item by item.
 
-A model is anything behind an engine: the teacher, the base, the student, a quantized variant. Items are appended
-batch by batch and batches are cut from the whole list, so a killed evaluation goes on with equal text. `evaluate` is
-the part that other stages call (the export's task gate); `run` is the stage.
+A model is anything behind an engine: the teacher, the base, the student, a quantized variant. Items are appended as
+they are answered and verified, and batches are cut from the whole list, so a killed evaluation goes on with equal
+text and asks for nothing twice. `evaluate` is the part that other stages call (the export's task gate); `run` is the
+stage.
 """
 
+import asyncio
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,6 @@ from distill.verifiers.pool import VerifierPool
 
 ITEMS = "items.jsonl"
 SUMMARY = "summary.json"
-CHUNK = 64
-"""Requests answered between two writes where the engine has no batches of its own."""
 
 
 def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
@@ -45,7 +45,8 @@ def run(recipe: Recipe, step: Step, options: RunOptions) -> None:
         engine = _engine(recipe, step, options)
         sources = set_sources(recipe, set_name)
         summary = evaluate(engine, prompts, recipe.evaluate, name, set_name, run.folder, options, sources)
-        digest = digest_json([item.result for item in read_items(run.folder)])
+        items = sorted(read_items(run.folder), key=lambda item: (item.prompt.prompt_id, item.trace.sample))
+        digest = digest_json([item.result for item in items])
         run.seal(digest=digest, counts=summary)
 
 
@@ -91,28 +92,39 @@ async def _answer_all(
     folder: Path,
     options: RunOptions,
 ) -> None:
-    """Append an item for every request that has none yet."""
+    """Append an item for every request that has none yet, as soon as it is verified."""
     done = {(item.prompt.prompt_id, item.trace.sample) for item in read_items(folder)}
     try:
         with progress(f"eval {model} on {set_name}", len(requests), options, unit="answers", done=len(done)) as bar:
-            for batch in _batches(requests, engine.batch_size or CHUNK):
-                owed = [request for request in batch if request.key not in done]
-                if not owed:
-                    continue
-                # a local engine's text depends on the whole batch, so the whole batch is generated again
-                asked = batch if engine.batch_size else owed
-                answers = {answer.key: answer async for answer in engine.generate(asked)}
-                pairs = [(r.prompt, _trace(r, answers[r.key], engine, model)) for r in owed]
-                verdicts = verifiers.verify_many(pairs)
+            async for answered in _answers(engine, requests, done):
+                pairs = [(request.prompt, _trace(request, answer, engine, model)) for request, answer in answered]
+                verdicts = await asyncio.gather(*(verifiers.verify(prompt, trace) for prompt, trace in pairs))
                 log.append(
                     *(
                         Item(model=model, set=set_name, prompt=prompt, trace=trace, verdict=verdict)
                         for (prompt, trace), verdict in zip(pairs, verdicts)
                     )
                 )
-                bar.advance(len(owed), tokens=sum(trace.usage.output for _, trace in pairs))
+                bar.advance(len(pairs), tokens=sum(trace.usage.output for _, trace in pairs))
     finally:
         await engine.close()
+
+
+async def _answers(
+    engine: Engine, requests: Sequence[Request], done: Collection[tuple[str, int]]
+) -> AsyncIterator[list[tuple[Request, Completion]]]:
+    """Answers to the requests that are not done: one by one as they come, or by the batch where the engine has them."""
+    if engine.batch_size is None:
+        owed = {request.key: request for request in requests if request.key not in done}
+        async for answer in engine.generate(owed.values()):
+            yield [(owed[answer.key], answer)]
+        return
+    for batch in _batches(requests, engine.batch_size):
+        owed = {request.key: request for request in batch if request.key not in done}
+        if owed:
+            # the text depends on the whole batch, so the whole batch is generated again
+            answers = {answer.key: answer async for answer in engine.generate(batch)}
+            yield [(request, answers[key]) for key, request in owed.items()]
 
 
 def _batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:

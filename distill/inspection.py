@@ -167,7 +167,7 @@ def place_of_folder(folder: Path) -> Place:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """A JSON object of the run store; raises the caller's kind of error where it is absent or damaged."""
+    """A JSON object of the run store. Raises DataError where it is absent or damaged."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -174,9 +174,27 @@ def load_tokenizer(source: ModelSource) -> Any:
 
     with _explained(source), quiet_loading():
         tokenizer = AutoTokenizer.from_pretrained(source.where, **_from_pretrained(source))
+    if source.gguf:
+        _restore_pre_tokenizer(tokenizer, source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _restore_pre_tokenizer(tokenizer: Any, source: ModelSource) -> None:
+    """Split digits one by one where the GGUF file says so; transformers' conversion drops that rule.
+
+    SmolLM's tokenizer would otherwise split a run of newlines before a number, which the model never saw.
+    """
+    import gguf
+    from tokenizers import pre_tokenizers
+
+    assert source.folder is not None and source.gguf is not None
+    kind = gguf.GGUFReader(source.folder / source.gguf).fields.get("tokenizer.ggml.pre")
+    if kind is not None and kind.contents() == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
 
 
 def load_config(source: ModelSource) -> Any:

