@@ -63,7 +63,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float], seed: int
     """
     if len(first) != len(second):
         raise ValueError(f"a paired difference takes the same problems on both sides ({len(first)} and {len(second)})")
-    return bootstrap_mean(np.subtract(first, second).tolist(), seed)
+    return bootstrap_mean(np.subtract(first, second, dtype=np.float64).tolist(), seed)
 
 
 def _resampled_means(values: "np.ndarray[tuple[int], np.dtype[np.float64]]", seed: int) -> "np.ndarray":

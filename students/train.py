@@ -40,7 +40,7 @@ def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
     student = _student(recipe)
     if step.args["phase"] > 0:
         return
-    choose_device(options)
+    attention_for(student, choose_device(options))
     source = find_model(student.init, student.revision)
     config = load_config(source)
     context = int(config.max_position_embeddings)
@@ -119,12 +119,18 @@ def summarise(trainer: Trainer, metrics: Path, phase: SftPhase) -> dict[str, Any
 
 
 def attention_for(student: StudentConfig, device: str) -> str:
-    """Attention implementation for packed documents on a device."""
+    """Attention implementation for packed documents on a device.
+
+    Raises ModelError for flash-attention in fp32, which it cannot compute.
+    """
+    if student.attention == "flash_attention_2" and student.precision == "fp32":
+        raise ModelError("student.attention flash_attention_2 computes in bf16; set student.precision=bf16")
     if student.attention != "auto":
         return student.attention
     from transformers.utils import is_flash_attn_2_available
 
-    return "flash_attention_2" if device.startswith("cuda") and is_flash_attn_2_available() else PER_DOCUMENT
+    flash = device.startswith("cuda") and student.precision == "bf16" and is_flash_attn_2_available()
+    return "flash_attention_2" if flash else PER_DOCUMENT
 
 
 def require_end_token(tokenizer: Any) -> None:

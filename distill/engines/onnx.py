@@ -13,13 +13,18 @@ from distill.engines import Completion, Request
 from distill.engines.transformers import completion_of
 from distill.format import encode_prompt, render_prompt, with_own_system
 from distill.models import ModelSource, load_tokenizer
-from distill.onnx_decoding import OnnxDecoder
+from distill.onnx_decoding import OnnxDecoder, read_shape
 from distill.runs import DigestCache, RunOptions, library_versions
 
 
 def roots(teacher: TeacherConfig, cache: DigestCache) -> dict[str, str]:
     """The content of the variant's folder."""
     return {"model": cache.of(Path(teacher.model))}
+
+
+def preflight(teacher: TeacherConfig, format: FormatConfig, options: RunOptions) -> None:
+    """Refuse a folder that is no exported variant."""
+    read_shape(Path(teacher.model))
 
 
 class OnnxEngine:

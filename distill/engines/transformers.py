@@ -21,7 +21,16 @@ from distill.format import (
     set_template,
     with_own_system,
 )
-from distill.models import choose_device, find_model, load_model, load_tokenizer, model_digest, seeded, set_threads
+from distill.models import (
+    choose_device,
+    find_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_digest,
+    seeded,
+    set_threads,
+)
 from distill.records import Usage, digest_json
 from distill.runs import DigestCache, RunOptions
 
@@ -29,6 +38,12 @@ from distill.runs import DigestCache, RunOptions
 def roots(teacher: TeacherConfig, cache: DigestCache) -> dict[str, str]:
     """The content of the model."""
     return {"model": model_digest(find_model(teacher.model, teacher.revision or "main"), cache)}
+
+
+def preflight(teacher: TeacherConfig, format: FormatConfig, options: RunOptions) -> None:
+    """Refuse a model that is not there, is damaged or of an untested family, and a device that is not here."""
+    choose_device(options)
+    load_config(find_model(teacher.model, teacher.revision or "main"))
 
 
 class TransformersEngine:

@@ -353,13 +353,18 @@ def test_a_saved_folder_that_disagrees_is_refused(lab: Lab, tiny_model: TinyMode
 
 
 def test_attention_is_per_document_unless_flash_attention_can_be_had() -> None:
-    def chosen(attention: str, device: str) -> str:
-        return train.attention_for(StudentConfig(init="x", attention=attention), device)  # type: ignore[arg-type]
+    def chosen(attention: str, device: str, precision: str = "bf16") -> str:
+        return train.attention_for(
+            StudentConfig.model_validate({"init": "x", "attention": attention, "precision": precision}), device
+        )
 
     assert chosen("auto", "cpu") == PER_DOCUMENT
     assert chosen("auto", "cuda") in (PER_DOCUMENT, "flash_attention_2")
+    assert chosen("auto", "cuda", "fp32") == PER_DOCUMENT
     assert chosen("per_document", "cuda") == PER_DOCUMENT
     assert chosen("flash_attention_2", "cuda:1") == "flash_attention_2"
+    with pytest.raises(ModelError, match=r"computes in bf16; set student\.precision=bf16"):
+        chosen("flash_attention_2", "cuda", "fp32")
 
 
 def test_stage_file_lists_everything_a_consumer_needs(lab: Lab, tiny_model: TinyModel) -> None:
