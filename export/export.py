@@ -19,6 +19,7 @@ from distill.evaluation import difference, evaluate, onnx_engine, read_items, se
 from distill.format import encode_prompt, render_prompt, set_template
 from distill.models import ModelSource, find_model, load_config, load_model, load_tokenizer, set_threads
 from distill.onnx_decoding import GenaiDecoder, OnnxDecoder
+from distill.plan import set_sources
 from distill.progress import say
 from distill.records import Item, Message, Prompt, write_json
 from distill.runs import OpenRun, RunOptions, SealedRun, Step, file_digest, library_versions, open_run
@@ -221,7 +222,16 @@ def evaluate_variants(recipe: Recipe, step: Step, run: OpenRun) -> dict[str, dic
         engine = onnx_engine(recipe, run.path("artifact") / variant, run.options)
         folder = run.path(f"eval-{variant}")
         folder.mkdir(exist_ok=True)
-        summaries[variant] = evaluate(engine, prompts, recipe.evaluate, variant, export.set, folder, run.options)
+        summaries[variant] = evaluate(
+            engine,
+            prompts,
+            recipe.evaluate,
+            variant,
+            export.set,
+            folder,
+            run.options,
+            set_sources(recipe, export.set),
+        )
     return summaries
 
 
