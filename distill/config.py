@@ -370,7 +370,7 @@ class Gates(Section):
     """Limits an exported variant must keep; a failed one stops the run with exit 3."""
 
     parity_tokens: int = Field(default=2048, gt=0)
-    """Held-out tokens on which logits are compared with the torch student."""
+    """Held-out tokens on which logits are compared with the torch student: those of its answers, where it has any."""
     greedy_prompts: int = Field(default=16, gt=0)
     """Prompts whose greedy continuation in fp32 must equal torch's."""
     greedy_tokens: int = Field(default=32, gt=0)

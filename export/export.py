@@ -52,10 +52,17 @@ DOCUMENT_TOKENS = 1024
 """Longest document in the parity comparison; its logits exist in memory at once."""
 
 
-class Texts(NamedTuple):
-    """What the variants are compared on, in token ids."""
+class Document(NamedTuple):
+    """A text in token ids and the positions whose predictions are compared."""
 
-    documents: list[list[int]]
+    ids: list[int]
+    compared: range
+
+
+class Texts(NamedTuple):
+    """What the variants are compared on."""
+
+    documents: list[Document]
     prompts: list[list[int]]
 
 
@@ -131,7 +138,11 @@ def size_of(folder: Path) -> int:
 
 
 def comparison_texts(recipe: Recipe, step: Step, checkpoint: Path) -> Texts:
-    """Held-out prompts, continued by the student's own evaluated answers where there are any."""
+    """Held-out prompts, continued by the student's own evaluated answers where there are any.
+
+    With answers, only the positions that predict them are compared: what a student would predict inside a prompt or
+    after its end token was never trained and is never used. Without, every position of the prompts is.
+    """
     tokenizer = load_tokenizer(ModelSource(str(checkpoint), checkpoint))
     items: Sequence[Item] = list(read_items(step.result("student").folder)) if "student" in step.upstream else []
     if items:
@@ -141,8 +152,14 @@ def comparison_texts(recipe: Recipe, step: Step, checkpoint: Path) -> Texts:
         prompts = _held_out(recipe, step)
         answers = [[] for _ in prompts]
     ids = [encode_prompt(tokenizer, render_prompt(tokenizer, p.messages, recipe.format)) for p in prompts]
-    documents = [(prompt + answer)[:DOCUMENT_TOKENS] for prompt, answer in zip(ids, answers)]
+    documents = [document_of(prompt, answer) for prompt, answer in zip(ids, answers) if len(prompt) < DOCUMENT_TOKENS]
     return Texts(_until(documents, _export(recipe).gates.parity_tokens), ids)
+
+
+def document_of(prompt: list[int], answer: list[int]) -> Document:
+    """A prompt and its answer, cut to the longest length that is compared."""
+    text = (prompt + answer)[:DOCUMENT_TOKENS]
+    return Document(text, range(len(prompt) - 1, len(text) - 1) if answer else range(len(text)))
 
 
 def _held_out(recipe: Recipe, step: Step) -> list[Prompt]:
@@ -152,11 +169,11 @@ def _held_out(recipe: Recipe, step: Step) -> list[Prompt]:
     return [Prompt.of([Message(role="user", content=probe)]) for probe in PROBES]
 
 
-def _until(documents: Sequence[list[int]], tokens: int) -> list[list[int]]:
-    """The first documents that hold so many tokens together, or all of them."""
-    chosen: list[list[int]] = []
+def _until(documents: Sequence[Document], tokens: int) -> list[Document]:
+    """The first documents that give so many positions to compare, or all of them."""
+    chosen: list[Document] = []
     for document in documents:
-        if sum(map(len, chosen)) >= tokens:
+        if sum(len(document.compared) for document in chosen) >= tokens:
             break
         chosen.append(document)
     return chosen
@@ -169,8 +186,10 @@ def measure(variant: str, checkpoint: Path, texts: Texts, export: ExportConfig, 
         return [GateEntry.model_validate(gate) for gate in json.loads(path.read_text())["gates"]]
     torch_logits = TorchLogits(checkpoint)
     decoder = OnnxDecoder(run.path("artifact") / variant, run.options.cpu_threads)
-    documents = texts.documents
-    parity = compare_logits(map(torch_logits, documents), map(decoder.logits, documents))
+    parity = compare_logits(
+        (torch_logits(ids)[compared] for ids, compared in texts.documents),
+        (decoder.logits(ids)[compared] for ids, compared in texts.documents),
+    )
     gates = parity_gates(variant, parity, export.gates)
     if variant == "fp32":
         gates.append(greedy_gate(variant, compare_decoding(decoder, torch_logits, texts.prompts, export)))
