@@ -39,16 +39,20 @@ def recipe_of(file: Path, **sections: Any) -> distill.Recipe:
     )
 
 
+def read_lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 @pytest.mark.parametrize("name", ["gsm8k_deepseek_r1", "gsm8k_r1_distill_qwen_32b"])
 def test_at_least_370_of_400_real_traces_are_selected_and_the_saved_api_error_never_is(
     name: str, tmp_path: Path
 ) -> None:
     outcome = distill.run(recipe_of(TRACES / f"{name}.jsonl"), until="select", runs=tmp_path / "runs", quiet=True)
     folder = outcome.results["select"].folder
-    examples = [json.loads(line) for line in (folder / "examples.jsonl").open()]
+    examples = read_lines(folder / "examples.jsonl")
     assert len(examples) >= 370
     assert all(example["reasoning"] and "</think>" not in example["reasoning"] for example in examples)
-    flags = [json.loads(line) for line in (folder / "flags.jsonl").open()]
+    flags = read_lines(folder / "flags.jsonl")
     errors = {flag["trace_id"] for flag in flags if flag["flag"] == "api-error"}
     assert len(errors) == (1 if name == "gsm8k_deepseek_r1" else 0)
     assert not errors & {example["trace_id"] for example in examples}
@@ -71,7 +75,7 @@ def test_a_real_student_trains_a_few_steps_on_real_traces(tmp_path: Path) -> Non
         ),
         runs=tmp_path / "runs",
     )
-    metrics = [json.loads(line) for line in (outcome.results["train:0"].folder / "metrics.jsonl").open()]
+    metrics = read_lines(outcome.results["train:0"].folder / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3]
     assert metrics[-1]["loss"] < metrics[0]["loss"] < 5  # real text: far below ln(49152) = 10.8 from the start
     counts = outcome.results["train:0"].counts
