@@ -1,9 +1,12 @@
 """The artifact's README: what it is, how to load it, and the numbers of this run."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.config import Recipe
+from distill.format import with_system
+from distill.records import Message, Prompt, read_records
 from distill.runs import Step
 
 from .manifest import GateEntry
@@ -16,7 +19,7 @@ tokenizer = og.Tokenizer(model)
 params = og.GeneratorParams(model)
 params.set_search_options(do_sample=False, max_length=1024)
 generator = og.Generator(model, params)
-messages = '[{{"role": "user", "content": "{question}"}}]'
+messages = {messages}
 generator.append_tokens(tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True)))
 while not generator.is_done():
     generator.generate_next_token()
@@ -56,8 +59,9 @@ def write_card(
         "",
         "## Use",
         "",
-        LOADING.format(variant=next(iter(reversed(list(sizes)))), question="What is 12 + 30?"),
+        LOADING.format(variant=next(iter(reversed(list(sizes)))), messages=_messages(recipe, step)),
         "",
+        *_system_note(recipe),
         "`distill verify` on this folder re-checks every file's sha256 and the golden prompts.",
         "",
         "## Origin",
@@ -67,6 +71,26 @@ def write_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _messages(recipe: Recipe, step: Step) -> str:
+    """A Python literal of the JSON messages of a first call: the recipe's system prompt and a held-out problem."""
+    question = "What is the capital of France?"
+    if "prompts" in step.upstream:
+        first = next(read_records(step.result("prompts").path("heldout.jsonl"), Prompt), None)
+        question = first.text if first else question
+    return repr(json.dumps(with_system([Message(role="user", content=question)], recipe.format.system)))
+
+
+def _system_note(recipe: Recipe) -> list[str]:
+    """What a caller must send where the recipe set a system prompt, which the template alone does not carry."""
+    if recipe.format.system is None:
+        return []
+    return [
+        f"The student was trained with the system message `{json.dumps(recipe.format.system)}`. Send it as above with"
+        " every conversation: without it the template may put a default of its own, which the student never saw.",
+        "",
+    ]
 
 
 def _row(variant: str, size: int, summary: Mapping[str, Any] | None) -> str:
