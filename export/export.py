@@ -22,7 +22,7 @@ from distill.onnx_decoding import GenaiDecoder, OnnxDecoder
 from distill.plan import set_sources
 from distill.progress import say
 from distill.records import Item, Message, Prompt, write_json
-from distill.runs import OpenRun, RunOptions, SealedRun, Step, file_digest, library_versions, open_run
+from distill.runs import PARTIAL, OpenRun, RunOptions, SealedRun, Step, file_digest, library_versions, open_run
 
 from .card import write_card
 from .gates import accuracy_gate, greedy_gate, loader_gate, parity_gates, refuse_failures
@@ -85,6 +85,7 @@ def run(recipe: Recipe, step: Step, options: RunOptions) -> None:
         checkpoint = plain_checkpoint(recipe, step, run)
         artifact = run.path("artifact")
         artifact.mkdir(exist_ok=True)
+        remove_unfinished(artifact)
         seconds: dict[str, float] = {variant: build(checkpoint, variant, run, artifact) for variant in export.variants}
         texts = comparison_texts(recipe, step, checkpoint)
         gates = [gate for variant in export.variants for gate in measure(variant, checkpoint, texts, export, run)]
@@ -127,6 +128,15 @@ def build(checkpoint: Path, variant: str, run: OpenRun, artifact: Path) -> float
     write_json(note, {"seconds": seconds})
     say(f"export: {variant}: {size_of(artifact / variant) / 1e6:,.1f} MB in {seconds:.0f} s")
     return seconds
+
+
+def remove_unfinished(artifact: Path) -> None:
+    """Remove what a killed attempt left half-written, before the manifest could list it."""
+    for path in artifact.glob(f"*{PARTIAL}"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def size_of(folder: Path) -> int:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from distill.errors import ExportError, MissingExtraError
 from distill.models import find_model, load_config, load_tokenizer
 from distill.records import write_json
-from distill.runs import PARTIAL
+from distill.runs import PARTIAL, library_versions
 
 MODEL_FILE = "model.onnx"
 RUNTIME_FILE = "genai_config.json"
@@ -112,6 +112,7 @@ def build_variant(checkpoint: Path, variant: str, folder: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     run_builder(checkpoint, config, scheme, part)
     check_graph(part, config, scheme)
+    name_producer(part)
     take_over_files(checkpoint, part, config)
     write_runtime_config(part, config, end_ids)
     os.replace(part, folder)
@@ -157,6 +158,20 @@ def run_builder(checkpoint: Path, config: Any, scheme: Scheme, folder: Path) -> 
             raise ExportError(
                 f"{checkpoint}: onnxruntime-genai's builder failed: {type(error).__name__}: {words}"
             ) from error
+
+
+def name_producer(folder: Path) -> None:
+    """Name the builder's own version as the graph's producer.
+
+    The builder adds the git commit of whatever working directory it runs in, which is none of the artifact's business
+    and would make equal exports differ.
+    """
+    import onnx
+
+    path = folder / MODEL_FILE
+    model = onnx.load(path, load_external_data=False)
+    model.producer_version = library_versions(["onnxruntime-genai"]).get("onnxruntime-genai", "")
+    path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def _import_builder() -> Any:

@@ -77,6 +77,7 @@ def test_a_real_student_trains_a_few_steps_on_real_traces(tmp_path: Path) -> Non
     )
     metrics = read_lines(outcome.results["train:0"].folder / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3]
-    assert metrics[-1]["loss"] < metrics[0]["loss"] < 5  # real text: far below ln(49152) = 10.8 from the start
+    # real text that the base half knows: far below ln(49152) = 10.8, which a shifted or shuffled target would give
+    assert all(0.5 < row["loss"] < 3 for row in metrics)
     counts = outcome.results["train:0"].counts
     assert 0 < counts["supervised_tokens"] < counts["tokens"]

@@ -1,6 +1,8 @@
 """What the export stage compares: the student's own answers where it has any, whole prompts elsewhere."""
 
-from distill.export.export import DOCUMENT_TOKENS, document_of
+from pathlib import Path
+
+from distill.export.export import DOCUMENT_TOKENS, document_of, remove_unfinished
 
 
 def test_only_the_positions_that_predict_an_answer_are_compared() -> None:
@@ -19,3 +21,12 @@ def test_a_long_answer_is_cut_and_still_compared_up_to_the_cut() -> None:
     document = document_of([1] * 10, [3] * (2 * DOCUMENT_TOKENS))
     assert len(document.ids) == DOCUMENT_TOKENS
     assert list(document.compared) == list(range(9, DOCUMENT_TOKENS - 1))
+
+
+def test_what_a_killed_attempt_left_half_written_never_reaches_the_manifest(tmp_path: Path) -> None:
+    (tmp_path / "int4").mkdir()
+    (tmp_path / "fp32.part").mkdir()
+    (tmp_path / "fp32.part" / "model.onnx").write_bytes(b"half")
+    (tmp_path / "manifest.json.part").write_bytes(b"{")
+    remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["int4"]

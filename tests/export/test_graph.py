@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -287,3 +288,13 @@ def test_expected_matrices_follow_the_models_own_head_size(student: Callable[...
     assert found["/model/layers.0/attn/o_proj/MatMul"][2:] == (4 * 32, 64)
     assert found["/lm_head/MatMul"] == ("/lm_head/MatMul", 8, 64, 512)
     assert len(found) == 2 * 5 + 1
+
+
+def test_the_graph_names_no_commit_of_the_folder_it_was_built_in(student: Callable[..., Path], tmp_path: Path) -> None:
+    """The builder stamps graphs with the working directory's git commit; equal exports must be equal files."""
+    build_variant(student(), "int8", tmp_path / "int8")
+    import onnx
+
+    graph = onnx.load(tmp_path / "int8" / "model.onnx", load_external_data=False)
+    assert graph.producer_name == "onnxruntime-genai"
+    assert re.fullmatch(r"[0-9.]+", graph.producer_version)
