@@ -68,6 +68,8 @@ class OnnxEngine:
         )
         latency = (time.perf_counter() - started) / len(requests)
         return [
-            completion_of(self.tokenizer, self.format, request, text, len(prompt), new, latency)
+            completion_of(
+                self.tokenizer, self.format, request, text, len(prompt), new, latency, self.decoder.shape.end_ids
+            )
             for request, text, prompt, new in zip(requests, texts, ids, generated)
         ]
