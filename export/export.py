@@ -25,7 +25,7 @@ from distill.records import Item, Message, Prompt, write_json
 from distill.runs import PARTIAL, OpenRun, RunOptions, SealedRun, Step, file_digest, library_versions, open_run
 
 from .card import write_card
-from .gates import accuracy_gate, greedy_gate, loader_gate, parity_gates, refuse_failures
+from .gates import accuracy_gate, greedy_gate, loader_gate, not_passed, parity_gates, refuse_failures
 from .graph import build_variant, refuse_unsupported
 from .manifest import (
     CARD_FILE,
@@ -334,8 +334,7 @@ def package(
             },
         ),
     )
-    failed = [gate for gate in gates if gate.status == "failed" or (run.options.require and gate.status == "not_run")]
-    if failed:
+    if not_passed(gates, run.options.require):
         return None
     return run.seal(digest=result_digest(manifest), counts={"bytes": sizes, "evaluation": summaries, **_tally(gates)})
 

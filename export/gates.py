@@ -88,10 +88,14 @@ def loader_gate(variant: str, same: int, prompts: int) -> GateEntry:
     )
 
 
+def not_passed(gates: Sequence[GateEntry], require: bool) -> list[GateEntry]:
+    """The gates that stop an export: every failed one, and with `require` those that were not run."""
+    return [gate for gate in gates if gate.status == "failed" or (require and gate.status == "not_run")]
+
+
 def refuse_failures(gates: Sequence[GateEntry], require: bool) -> None:
     """Raise GateError naming every failed gate, and with `require` those that were not run."""
-    bad = [gate for gate in gates if gate.status == "failed" or (require and gate.status == "not_run")]
-    if bad:
+    if bad := not_passed(gates, require):
         shown = "; ".join(
             f"{gate.variant} {gate.name} {'was not run' if gate.value is None else f'is {gate.value:.4g}'}"
             f" (limit {gate.limit:.4g}): {gate.detail}"
