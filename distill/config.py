@@ -189,12 +189,47 @@ class Endpoint(Section):
     """Address up to and including `/v1`."""
     api_key_env: str = unhashed("OPENAI_API_KEY")
     """Name of the environment variable that holds the key; the key itself is never written anywhere."""
-    concurrency: int = unhashed(16, gt=0)
-    """Requests in flight at once."""
+    model: str | None = unhashed(None)
+    """What this server calls the model, where it is not `teacher.model`."""
+    weight: float = unhashed(1.0, gt=0)
+    """Share of the requests that goes here while all endpoints are healthy."""
+    concurrency: int | Literal["auto"] = unhashed("auto")
+    """Requests in flight at once; `auto` finds what the server takes, up to `max_concurrency`."""
+    max_concurrency: int = unhashed(1024, gt=0)
+    """Most requests in flight that `auto` tries."""
+    rpm: float | None = unhashed(None, gt=0)
+    """Most requests a minute."""
+    tpm: float | None = unhashed(None, gt=0)
+    """Most tokens a minute, input and output."""
+    stream: bool = unhashed(False)
+    """Let answers come in pieces; for gateways that cut long silent connections."""
     timeout_s: float = unhashed(600.0, gt=0)
-    """Longest time without an answer before a request is tried again."""
+    """Longest silence (no byte at all, keep-alive lines included) before a request is tried again."""
     max_retries: int = unhashed(6, ge=0)
     """Tries after the first for 429, 5xx, time-outs and connection resets."""
+    prices: Prices | None = unhashed(None)
+    """What this server charges, where it is not `teacher.prices`."""
+
+    @model_validator(mode="after")
+    def _some_concurrency(self) -> Self:
+        if isinstance(self.concurrency, int) and self.concurrency < 1:
+            raise ValueError(f"concurrency is {self.concurrency}; give a number above 0, or auto")
+        return self
+
+
+class Until(Section):
+    """Adaptive sampling: a prompt gets samples until enough of them verify."""
+
+    correct: int = Field(default=1, gt=0)
+    """Stop a prompt once so many of its traces are judged correct."""
+    tries: int = Field(default=4, gt=0)
+    """Most samples a prompt."""
+
+    @model_validator(mode="after")
+    def _can_be_reached(self) -> Self:
+        if self.tries < self.correct:
+            raise ValueError(f"tries ({self.tries}) must be at least correct ({self.correct})")
+        return self
 
 
 class TeacherConfig(Section):
@@ -212,10 +247,19 @@ class TeacherConfig(Section):
     """System prompt; null sends none, as DeepSeek advises for R1."""
     sampling: Sampling = Sampling()
     """How answers are drawn."""
+    until: Until | None = None
+    """Adaptive number of samples instead of `sampling.n`: stop a prompt once enough traces verify."""
+    escalate: list[int] = []
+    """Token limits with which a truncated sample is asked again, in turn, each above the one before; what was cut off
+    is kept too. Empty asks no second time."""
     recorded: RecordedTraces | None = None
     """Where existing traces lie, for `engine: recorded`."""
     endpoint: Endpoint = unhashed(Endpoint())
     """The server, for `engine: openai`."""
+    endpoints: list[Endpoint] = unhashed([])
+    """A pool of servers instead of `endpoint`, by weight, with failover; all must serve the same model."""
+    probe: bool = unhashed(True)
+    """Send each endpoint one cheap request before the work, to check model, reasoning, parameters and context."""
     prices: Prices | None = unhashed(None)
     """What the teacher charges, for budgets and reports."""
     budget: Budget = unhashed(Budget())
@@ -231,9 +275,22 @@ class TeacherConfig(Section):
             raise ValueError("engine: recorded takes recorded.files or recorded.hub, one of the two")
         if self.engine in ("openai", "transformers", "onnx") and not self.model:
             raise ValueError(f"engine: {self.engine} takes a model")
+        if self.endpoints and self.endpoint != Endpoint():
+            raise ValueError("give endpoint or endpoints, one of the two")
+        if self.until is not None:
+            self._until_makes_sense(self.until)
+        limits = [self.sampling.max_new_tokens, *self.escalate]
+        if any(limit <= before for before, limit in zip(limits, self.escalate)):
+            raise ValueError(f"escalate: limits must rise from sampling.max_new_tokens, given: {limits}")
         if self.budget.usd is not None and self.prices is None:
             raise ValueError("budget.usd takes prices: what the teacher charges cannot be guessed")
         return self
+
+    def _until_makes_sense(self, until: Until) -> None:
+        if self.sampling.n != 1:
+            raise ValueError("until and sampling.n: give one of the two; until.tries limits the samples of a prompt")
+        if until.tries > 1 and self.sampling.temperature == 0 and self.engine not in ("solver", "recorded"):
+            raise ValueError("until.tries above 1 takes sampling.temperature above 0: greedy samples are all the same")
 
 
 # --- select, format -------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import Evaluate, PromptSource, Recipe
-from distill.engines import Completion, Engine, Request, open_engine, run_async, sample_seed
+from distill.engines import Completion, Engine, Request, open_engine, run_async, sample_seed, stream
 from distill.errors import DataError
 from distill.models import find_model, load_config
 from distill.plan import set_sources
@@ -116,14 +116,14 @@ async def _answers(
     """Answers to the requests that are not done: one by one as they come, or by the batch where the engine has them."""
     if engine.batch_size is None:
         owed = {request.key: request for request in requests if request.key not in done}
-        async for answer in engine.generate(owed.values()):
+        async for answer in engine.generate(stream(owed.values())):
             yield [(owed[answer.key], answer)]
         return
     for batch in _batches(requests, engine.batch_size):
         owed = {request.key: request for request in batch if request.key not in done}
         if owed:
             # the text depends on the whole batch, so the whole batch is generated again
-            answers = {answer.key: answer async for answer in engine.generate(batch)}
+            answers = {answer.key: answer async for answer in engine.generate(stream(batch))}
             yield [(request, answers[key]) for key, request in owed.items()]
 
 

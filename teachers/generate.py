@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill.config import Recipe, TeacherConfig
-from distill.engines import ENGINES, Completion, Engine, Request, open_engine, run_async, sample_seed
+from distill.engines import ENGINES, Completion, Engine, Request, open_engine, run_async, sample_seed, stream
 from distill.errors import BudgetError, DataError, EngineError
 from distill.interrupts import Stop, graceful
 from distill.progress import Bar, progress, say
@@ -209,7 +209,7 @@ class Collection:
         self.asked += 1
 
     async def _receive(self, requests: Iterable[Request]) -> None:
-        async with aclosing(self.engine.generate(requests)) as completions:  # type: ignore[type-var]
+        async with aclosing(self.engine.generate(stream(requests))) as completions:  # type: ignore[type-var]
             async for completion in completions:
                 self._keep(completion)
         self._in_flight.clear()

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,8 @@ class Scripted:
         self.asked: list[list[tuple[str, int]]] = []
         self.closed = 0
 
-    async def generate(self, requests: Iterable[Request]) -> AsyncIterator[Completion]:
-        batch = list(requests)
+    async def generate(self, requests: AsyncIterable[Request]) -> AsyncIterator[Completion]:
+        batch = [request async for request in requests]
         self.asked.append([request.key for request in batch])
         together = digest_json([request.key for request in batch])[:8]
         for request in reversed(batch):  # any order is allowed

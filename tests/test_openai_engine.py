@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from distill.config import Endpoint, FormatConfig, Sampling, TeacherConfig
-from distill.engines import Completion, Request, open_engine
+from distill.engines import Completion, Request, open_engine, stream
 from distill.engines.openai import OpenAIEngine, preflight, retry_after_s, server_message
 from distill.errors import EngineError
 from distill.records import Message, Prompt
@@ -52,7 +52,7 @@ def requests(count: int, system: str | None = None, **sampling: Any) -> Iterator
 
 def ask(client: OpenAIEngine, wanted: Iterable[Request]) -> list[Completion]:
     async def collect() -> list[Completion]:
-        return [done async for done in client.generate(wanted)]
+        return [done async for done in client.generate(stream(wanted))]
 
     return asyncio.run(collect())
 
@@ -171,7 +171,7 @@ def test_no_more_requests_than_the_concurrency_are_ever_pulled_or_in_flight() ->
 
     async def collect(client: OpenAIEngine) -> None:
         nonlocal answered
-        async for _ in client.generate(counted()):
+        async for _ in client.generate(stream(counted())):
             await asyncio.sleep(0.002)  # while an answer is being dealt with, it still takes its room
             answered += 1
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.config import FormatConfig, PromptSource, Sampling, TeacherConfig
-from distill.engines import Completion, Request, open_engine
+from distill.engines import Completion, Request, open_engine, stream
 from distill.engines.recorded import NO_TRACE, RecordedEngine, no_answer, normalised, roots
 from distill.errors import DataError
 from distill.prompts import read_source
@@ -96,7 +96,7 @@ def test_the_engine_is_opened_by_name_and_answers_every_request(tmp_path: Path) 
 
     async def gather() -> list[Completion]:
         try:
-            return [completion async for completion in opened.generate(requests)]
+            return [completion async for completion in opened.generate(stream(requests))]
         finally:
             await opened.close()
 

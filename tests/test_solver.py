@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.config import FormatConfig, Sampling, TeacherConfig
-from distill.engines import Completion, Request, open_engine
+from distill.engines import Completion, Request, open_engine, stream
 from distill.engines.solver import SOLVERS, VERSION, roots, solve
 from distill.errors import EngineError
 from distill.format import parse_completion
@@ -209,7 +209,7 @@ def answers(*prompts: Prompt) -> list[Completion]:
     requests = [Request(prompt, 0, Sampling(), 0) for prompt in prompts]
 
     async def collect() -> list[Completion]:
-        found = [completion async for completion in engine.generate(requests)]
+        found = [completion async for completion in engine.generate(stream(requests))]
         await engine.close()
         return found
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distill.config import FormatConfig, Sampling, TeacherConfig
-from distill.engines import Completion, Request, open_engine
+from distill.engines import Completion, Request, open_engine, stream
 from distill.engines.transformers import (
     TransformersEngine,
     batch_seed,
@@ -228,7 +228,7 @@ def answers(engine: Any, requests: list[Request]) -> list[Completion]:
     pulled: Iterator[Request] = iter(requests)
 
     async def collect() -> list[Completion]:
-        found = [completion async for completion in engine.generate(pulled)]
+        found = [completion async for completion in engine.generate(stream(pulled))]
         await engine.close()
         return found
 

@@ -7,9 +7,10 @@ with an `error`, never an exception; an engine raises only where going on makes 
 
 import asyncio
 import importlib
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from distill.config import FormatConfig, Sampling, TeacherConfig
 from distill.errors import RecipeError
@@ -55,11 +56,24 @@ class Completion(NamedTuple):
     latency_s: float = 0.0
     token_ids: tuple[int, ...] | None = None
     error: str | None = None
+    retryable: bool = False
+    """Of an error: whether asking again later may help (an outage, not a refusal)."""
     model: str | None = None
     """The model that the server says answered, where it does."""
     revision: str | None = None
     """The revision or system fingerprint that the server says answered, where it does."""
     attempts: int = 1
+    cost_usd: float | None = None
+    """What the engine knows it cost; None leaves it to the recipe's prices."""
+
+
+class Probe(NamedTuple):
+    """What one cheap request to each server showed before the work."""
+
+    notes: tuple[str, ...] = ()
+    """Findings worth saying: parameters that are ignored, a context that is nearly too small."""
+    usage: Usage = Usage()
+    """What the probes used; they are paid for like all other requests."""
 
 
 class Engine(Protocol):
@@ -73,15 +87,53 @@ class Engine(Protocol):
     version: str
     batch_size: int | None
 
-    def generate(self, requests: Iterable[Request]) -> AsyncIterator[Completion]:
+    def generate(self, requests: AsyncIterable[Request]) -> AsyncIterator[Completion]:
         """Answer every request once, in any order.
 
         Requests are pulled as they are sent, so an engine with its own concurrency never holds more than are in
-        flight; one with a `batch_size` is given a batch.
+        flight; one with a `batch_size` is given a batch. A pull may wait: what is asked next can depend on answers
+        that were given before.
         """
 
     async def close(self) -> None:
         """Free what is held."""
+
+
+@runtime_checkable
+class Probing(Protocol):
+    """An engine whose servers can be tried before the work."""
+
+    async def probe(self, longest: Request) -> Probe:
+        """Send each server one cheap request; `longest` is the longest of what will be asked.
+
+        Raises EngineError with the remedy where the work could not succeed.
+        """
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An engine with work that outlives a process, such as batches that a server holds for hours."""
+
+    def keep_state_in(self, folder: Path) -> None:
+        """Keep what a later process needs in this folder, which belongs to the ledger of what is asked."""
+
+
+async def stream(requests: Iterable[Request]) -> AsyncIterator[Request]:
+    """Requests that are all there, as an engine takes them."""
+    for request in requests:
+        yield request
+
+
+async def in_batches(requests: AsyncIterable[Request], size: int) -> AsyncIterator[list[Request]]:
+    """The requests in lists of `size`, in order; the last may be shorter."""
+    batch: list[Request] = []
+    async for request in requests:
+        batch.append(request)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def sample_seed(seed: int, prompt_id: str, sample: int) -> int:

@@ -4,12 +4,11 @@ The tokenizer and template are the variant folder's own; decoding is `distill.on
 """
 
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from itertools import islice
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from pathlib import Path
 
 from distill.config import FormatConfig, TeacherConfig
-from distill.engines import Completion, Request
+from distill.engines import Completion, Request, in_batches
 from distill.engines.transformers import completion_of
 from distill.format import encode_prompt, render_prompt, with_own_system
 from distill.models import ModelSource, load_tokenizer
@@ -44,10 +43,9 @@ class OnnxEngine:
         """An exported model as the teacher."""
         return cls(Path(teacher.model), format, teacher.batch_size, options)
 
-    async def generate(self, requests: Iterable[Request]) -> AsyncIterator[Completion]:
+    async def generate(self, requests: AsyncIterable[Request]) -> AsyncIterator[Completion]:
         """Answer requests batch by batch, in order."""
-        pulled = iter(requests)
-        while batch := list(islice(pulled, self.batch_size)):
+        async for batch in in_batches(requests, self.batch_size or 1):
             for completion in self._batch(batch):
                 yield completion
 

@@ -13,7 +13,7 @@ import random
 import re
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -233,17 +233,17 @@ class OpenAIEngine:
         """The engine of a recipe's teacher. Raises EngineError for an unusable address or a missing key."""
         return cls(teacher.model, teacher.endpoint, format)
 
-    async def generate(self, requests: Iterable[Request]) -> AsyncIterator[Completion]:
+    async def generate(self, requests: AsyncIterable[Request]) -> AsyncIterator[Completion]:
         """Answer every request, in the order in which answers come.
 
         A request is pulled when there is room for it, just before it is sent, and its room is free again when the
         caller has come back for more: never are more than `concurrency` pulled and not yet dealt with. Raises
         EngineError where no request can succeed; whatever the iterable raises comes out here.
         """
-        source, room = iter(requests), asyncio.Semaphore(self.endpoint.concurrency)
+        source, room = _Source(requests), asyncio.Semaphore(self._lanes)
         finished: asyncio.Queue[Completion | Exception | None] = asyncio.Queue()
         trusted = httpx.create_ssl_context()
-        running = self.endpoint.concurrency
+        running = self._lanes
         lanes = [asyncio.create_task(self._lane(trusted, source, room, finished)) for _ in range(running)]
         try:
             while running:
@@ -259,6 +259,10 @@ class OpenAIEngine:
             for lane in lanes:
                 lane.cancel()
             await asyncio.gather(*lanes, return_exceptions=True)
+
+    @property
+    def _lanes(self) -> int:
+        return 16 if self.endpoint.concurrency == "auto" else self.endpoint.concurrency
 
     async def close(self) -> None:
         """Connections live only as long as one `generate`."""
@@ -293,14 +297,14 @@ class OpenAIEngine:
     async def _lane(
         self,
         trusted: ssl.SSLContext,
-        source: Iterator[Request],
+        source: "_Source",
         room: asyncio.Semaphore,
         finished: asyncio.Queue[Completion | Exception | None],
     ) -> None:
         """Pull, ask, hand over, until there is nothing to pull."""
         try:
             async with self._client(trusted) as client:
-                while await room.acquire() and (request := next(source, None)) is not None:
+                while await room.acquire() and (request := await source.next()) is not None:
                     finished.put_nowait(await self._answer(client, request))
         except Exception as error:  # the consumer raises it; a task of its own would keep it to itself
             finished.put_nowait(error)
@@ -399,6 +403,18 @@ class OpenAIEngine:
 
     def _clean(self, text: str) -> str:
         return self._key.cut_from(text) if self._key else text
+
+
+class _Source:
+    """Requests for several lanes, pulled one after the other."""
+
+    def __init__(self, requests: AsyncIterable[Request]) -> None:
+        self._requests = aiter(requests)
+        self._one = asyncio.Lock()
+
+    async def next(self) -> Request | None:
+        async with self._one:
+            return await anext(self._requests, None)
 
 
 def usage_of(usage: TokenUsage | None) -> Usage:

@@ -7,7 +7,7 @@ answer at all (a saved API error, an empty text) comes back as a failed completi
 
 import re
 import unicodedata
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -96,9 +96,9 @@ class RecordedEngine:
         samples = {question: sorted(of_question, key=attrgetter("rank")) for question, of_question in found.items()}
         return cls(samples, format, _opened_by_prompt(samples, format), teacher.model)
 
-    async def generate(self, requests: Sequence[Request]) -> AsyncIterator[Completion]:
+    async def generate(self, requests: AsyncIterable[Request]) -> AsyncIterator[Completion]:
         """The recorded answer of each request, or a failed completion where there is none."""
-        for request in requests:
+        async for request in requests:
             yield self.answer(request)
 
     def answer(self, request: Request) -> Completion:

@@ -8,7 +8,7 @@ that says nothing costs as much to learn as one that does.
 
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from typing import Any
 
 from distill.config import FormatConfig, TeacherConfig
@@ -37,9 +37,9 @@ class SolverEngine:
         """The solver has no settings."""
         return cls()
 
-    async def generate(self, requests: Sequence[Request]) -> AsyncIterator[Completion]:
+    async def generate(self, requests: AsyncIterable[Request]) -> AsyncIterator[Completion]:
         """Solve each problem; one it does not know becomes a failed completion."""
-        for request in requests:
+        async for request in requests:
             started = time.perf_counter()
             try:
                 reasoning, result = solve(request.prompt)

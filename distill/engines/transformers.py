@@ -6,13 +6,12 @@ versions; sampled text too, since every batch is seeded from its requests.
 """
 
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 from distill.config import FormatConfig, TeacherConfig
-from distill.engines import Completion, Request
+from distill.engines import Completion, Request, in_batches
 from distill.format import (
     encode_prompt,
     opens_reasoning,
@@ -76,10 +75,9 @@ class TransformersEngine:
         set_template(tokenizer, format)
         return cls(load_model(source, dtype, choose_device(options)), tokenizer, format, batch_size)
 
-    async def generate(self, requests: Iterable[Request]) -> AsyncIterator[Completion]:
+    async def generate(self, requests: AsyncIterable[Request]) -> AsyncIterator[Completion]:
         """Answer requests batch by batch, in order."""
-        pulled = iter(requests)
-        while batch := list(islice(pulled, self.batch_size)):
+        async for batch in in_batches(requests, self.batch_size or 1):
             for completion in self._batch(batch):
                 yield completion
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -509,8 +509,8 @@ class BatchEngine:
         self.die_after = die_after
         self.batches: list[list[str]] = []
 
-    async def generate(self, requests: Iterable[Request]) -> AsyncIterator[Completion]:
-        batch = list(requests)
+    async def generate(self, requests: AsyncIterable[Request]) -> AsyncIterator[Completion]:
+        batch = [request async for request in requests]
         members = [request.prompt.text.removeprefix("problem ") for request in batch]
         self.batches.append(members)
         for request in batch:
@@ -605,8 +605,8 @@ def test_a_budget_stops_a_batch_engine_between_batches(ten: Path, tmp_path: Path
 class ForgetfulEngine(BatchEngine):
     """Gives no completion at all for some requests."""
 
-    async def generate(self, requests: Iterable[Request]) -> AsyncIterator[Completion]:
-        for request in requests:
+    async def generate(self, requests: AsyncIterable[Request]) -> AsyncIterator[Completion]:
+        async for request in requests:
             if not request.prompt.text.endswith("3"):
                 yield Completion(request.key, answer="x", raw="x", finish_reason="stop")
 
@@ -627,8 +627,10 @@ def test_requests_are_pulled_one_by_one_and_journalled_before_they_are_sent(ten:
     journal = tmp_path / "l" / "journal.jsonl"
 
     class Watching(BatchEngine):
-        async def generate(self, requests: Iterable[Request]) -> AsyncIterator[Completion]:
-            for number, request in enumerate(requests, 1):
+        async def generate(self, requests: AsyncIterable[Request]) -> AsyncIterator[Completion]:
+            number = 0
+            async for request in requests:
+                number += 1
                 lines = journal.read_text().splitlines()
                 assert len(lines) == number and json.loads(lines[-1])["prompt_id"] == request.prompt.prompt_id
                 yield Completion(request.key, answer="x", raw="x")
