@@ -29,14 +29,20 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from distill.api import evaluate as evaluate
     from distill.api import export_model as export_model
+    from distill.api import forget as forget
     from distill.api import generate as generate
+    from distill.api import generate_shard as generate_shard
+    from distill.api import generate_shards as generate_shards
     from distill.api import inspect as inspect
     from distill.api import make_plan as make_plan
+    from distill.api import merge as merge
+    from distill.api import pilot as pilot
     from distill.api import run as run
     from distill.api import select as select
     from distill.api import train as train
     from distill.api import verify as verify
     from distill.api import write_report as write_report
+    from distill.api import write_viewer as write_viewer
     from distill.config import Recipe as Recipe
     from distill.config import load_recipe as load_recipe
     from distill.config import recipe_from as recipe_from
@@ -48,7 +54,9 @@ if TYPE_CHECKING:
     from distill.errors import ExportError as ExportError
     from distill.errors import FormatError as FormatError
     from distill.errors import GateError as GateError
+    from distill.errors import IncompleteError as IncompleteError
     from distill.errors import Interrupted as Interrupted
+    from distill.errors import LockedError as LockedError
     from distill.errors import MissingExtraError as MissingExtraError
     from distill.errors import ModelError as ModelError
     from distill.errors import RecipeError as RecipeError
@@ -69,14 +77,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "distill.api": (
-        "make_plan", "run", "generate", "select", "train", "evaluate", "export_model", "inspect",
-        "verify", "write_report",
+        "make_plan", "run", "generate", "generate_shard", "generate_shards", "merge", "pilot", "forget", "select",
+        "train", "evaluate", "export_model", "inspect", "write_viewer", "verify", "write_report",
     ),
     "distill.config": ("Recipe", "load_recipe", "recipe_from"),
     "distill.errors": (
         "ArtifactError", "BudgetError", "DataError", "DistillError", "EngineError", "ExportError", "FormatError",
-        "GateError", "Interrupted", "MissingExtraError", "ModelError", "RecipeError", "RunError", "StorageError",
-        "TrainingError",
+        "GateError", "IncompleteError", "Interrupted", "LockedError", "MissingExtraError", "ModelError", "RecipeError",
+        "RunError", "StorageError", "TrainingError",
     ),
     "distill.pipeline": ("Outcome",),
     "distill.plan": ("Plan",),

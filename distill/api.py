@@ -6,18 +6,22 @@ never part of its identity, so a run started here is found again by the command 
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from distill import pipeline, plan
 from distill.config import Recipe, load_recipe
-from distill.inspection import Filters, Shown, show
+from distill.inspection import Filters, Shown, name_of, show
 from distill.pipeline import Outcome
 from distill.plan import Plan
-from distill.runs import RunOptions
+from distill.runs import RunOptions, Shard
 
 if TYPE_CHECKING:
     from distill.export.verify import Check
+    from distill.teachers.forgetting import Forgotten
+    from distill.teachers.pilot import Pilot
+    from distill.viewer import Written
 
 
 def _recipe(recipe: Recipe | Path | str) -> Recipe:
@@ -37,13 +41,16 @@ class Where(TypedDict, total=False):
     """No progress on stderr."""
     require: bool
     """Count a gate that could not run as failed."""
+    accept_partial: bool
+    """Take the traces that the ledger has now as all there are, and ask for none."""
 
 
 def options(**where: Unpack[Where]) -> RunOptions:
     """The same as the record that stages take."""
-    given = dict(where)
+    given: dict[str, Any] = dict(where)
     given["runs"] = Path(where.get("runs", "runs"))
-    return RunOptions(**given)  # type: ignore[arg-type]  # the keys and types are those of Where
+    given["ask"] = not where.get("accept_partial", False)
+    return RunOptions(**given)
 
 
 def make_plan(recipe: Recipe | Path | str, **where: Unpack[Where]) -> Plan:
@@ -69,6 +76,40 @@ def run(recipe: Recipe | Path | str, until: str | None = None, **where: Unpack[W
 def generate(recipe: Recipe | Path | str, **where: Unpack[Where]) -> Outcome:
     """Let the teacher answer the recipe's prompts; `outcome.results["generate"]` is the set of traces."""
     return run(recipe, "generate", **where)
+
+
+def generate_shard(recipe: Recipe | Path | str, shard: str, **where: Unpack[Where]) -> dict[str, Any]:
+    """Let the teacher answer one part of the prompts (`2/4`); `merge` puts the parts together. Returns counts."""
+    return pipeline.run_shard(_recipe(recipe), replace(options(**where), shard=Shard.parse(shard)))
+
+
+def generate_shards(
+    recipe: Recipe | Path | str, shards: int, executor: str = "local", **where: Unpack[Where]
+) -> Outcome:
+    """Answer all parts of the prompts in processes of their own (`local`) or as Ray tasks (`ray`), then merge."""
+    from distill.executors import run_shards
+
+    loaded, chosen = _recipe(recipe), options(**where)
+    run_shards(loaded, chosen, shards, executor)
+    return pipeline.merge(loaded, chosen)
+
+
+def merge(recipe: Recipe | Path | str, others: Sequence[Path | str] = (), **where: Unpack[Where]) -> Outcome:
+    """Put together what shards answered, here and in other run stores; asks for nothing."""
+    return pipeline.merge(_recipe(recipe), options(**where), [Path(other) for other in others])
+
+
+def pilot(recipe: Recipe | Path | str, prompts: int, **where: Unpack[Where]) -> "Pilot":
+    """Answer a few prompts and forecast yield, tokens, dollars and hours of all of them, with intervals."""
+    forecast: Pilot = pipeline.run_pilot(_recipe(recipe), options(**where), prompts)
+    return forecast
+
+
+def forget(prompt_ids: Sequence[str], reason: str, runs: Path | str = "runs", purge: bool = False) -> "Forgotten":
+    """Remove every trace of these prompts from a run store's ledgers, leaving tombstones."""
+    from distill.teachers.forgetting import forget as remove
+
+    return remove(Path(runs), prompt_ids, reason, purge)
 
 
 def select(recipe: Recipe | Path | str, **where: Unpack[Where]) -> Outcome:
@@ -98,7 +139,25 @@ def inspect(
     runs: Path | str = "runs",
 ) -> list[Shown]:
     """Traces with their prompts, verdicts and flags, from a recipe, a pipeline, a stage folder or a `.jsonl` file."""
-    return show(target, filters or Filters(), overrides, Path(runs))
+    return list(show(target, filters or Filters(), overrides, Path(runs)))
+
+
+def write_viewer(
+    target: Recipe | Path | str,
+    out: Path | str,
+    filters: Filters | None = None,
+    overrides: Sequence[str] = (),
+    runs: Path | str = "runs",
+) -> "Written":
+    """Write one self-contained HTML page of the traces that `inspect` gives: searchable, filterable, offline.
+
+    All of a target's traces are in it unless `filters` say otherwise. Raises what `inspect` raises, RecipeError if
+    `out` does not end in .html, StorageError if it cannot be written.
+    """
+    from distill.viewer import write_page
+
+    asked = filters or Filters(limit=None)
+    return write_page(show(target, asked, overrides, Path(runs)), Path(out), name_of(target), str(asked))
 
 
 def verify(artifact: Path | str, golden: bool = True) -> "list[Check]":

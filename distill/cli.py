@@ -19,9 +19,12 @@ from distill.errors import DistillError, Interrupted, RecipeError, storage_error
 from distill.interrupts import interruptible
 
 if TYPE_CHECKING:
+    from distill.config import Recipe
     from distill.forecast import Row
     from distill.pipeline import Outcome
     from distill.plan import Plan
+    from distill.runs import RunOptions
+    from distill.teachers.pilot import Pilot
 
 app = typer.Typer(
     name="distill",
@@ -34,8 +37,6 @@ app = typer.Typer(
 )
 
 STAGE_VERBS = {
-    "generate": ("generate", "Let the teacher answer the prompts: verified reasoning traces, no answer bought twice."),
-    "select": ("select", "Verify the traces and choose those that train; every drop is counted and explained."),
     "train": ("train", "Train the student on the selected traces, resuming from its last checkpoint."),
     "eval": ("eval", "Measure teacher, base and student on the recipe's sets, with intervals."),
     "export": ("export", "Make the ONNX artifact and hold each variant against the recipe's gates."),
@@ -43,7 +44,7 @@ STAGE_VERBS = {
 }
 """Verbs that run a recipe up to a stage (None: all of it)."""
 
-RESERVED = ("score", "check", "sweep", "compare", "bench", "chat", "serve", "runs", "gc", "merge")
+RESERVED = ("score", "check", "sweep", "compare", "bench", "chat", "serve", "runs", "gc")
 """Verbs that later versions will have; refused by name so that no script comes to rely on them."""
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)]
@@ -61,6 +62,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.")]
 Threads = Annotated[int, typer.Option("--threads", metavar="N", min=0, help="CPU threads; 0 takes every core.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Partial = Annotated[
+    bool, typer.Option("--accept-partial", help="Take the traces that are there as all there are; ask for none.")
+]
 Require = Annotated[bool, typer.Option("--require", help="Count a gate that could not run as failed.")]
 
 
@@ -197,6 +201,7 @@ def _stage_command(stage: str | None) -> Callable[..., None]:
         threads: Threads = 0,
         quiet: Quiet = False,
         require: Require = False,
+        accept_partial: Partial = False,
     ) -> None:
         from distill import api
         from distill.config import load_recipe
@@ -204,6 +209,7 @@ def _stage_command(stage: str | None) -> Callable[..., None]:
         loaded = load_recipe(recipe, overrides or ())
         where: api.Where = {
             "runs": runs, "device": device, "threads": threads, "quiet": quiet, "require": require,
+            "accept_partial": accept_partial,
         }  # fmt: skip
         if dry_run:
             _print_plan(api.make_plan(loaded, **where), stage, as_json)
@@ -215,6 +221,185 @@ def _stage_command(stage: str | None) -> Callable[..., None]:
 
 for _verb, (_stage, _help) in STAGE_VERBS.items():
     app.command(_verb, help=_help)(guarded(_stage_command(_stage)))
+
+
+@app.command("generate")
+@guarded
+def generate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    runs: RunsFolder = Path("runs"),
+    pilot: Annotated[
+        int | None,
+        typer.Option("--pilot", metavar="N", min=1, help="Answer N prompts and forecast yield, dollars and hours."),
+    ] = None,
+    accept_partial: Partial = False,
+    shard: Annotated[
+        str | None,
+        typer.Option("--shard", metavar="i/N", help="Answer one of N parts; `distill merge` puts them together."),
+    ] = None,
+    shards: Annotated[
+        int, typer.Option("--shards", metavar="N", min=0, help="Answer N parts in processes of their own, then merge.")
+    ] = 0,
+    executor: Annotated[
+        str, typer.Option("--executor", metavar="NAME", help="Where --shards run: local processes, or ray tasks.")
+    ] = "local",
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    device: Device = "auto",
+    threads: Threads = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Let the teacher answer the prompts: verified reasoning traces, no answer bought twice."""
+    from distill import api
+    from distill.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    where: api.Where = {
+        "runs": runs, "device": device, "threads": threads, "quiet": quiet, "accept_partial": accept_partial,
+    }  # fmt: skip
+    given = {"--pilot": pilot, "--shard": shard, "--shards": shards, "--accept-partial": accept_partial}
+    if len(named := [name for name, value in given.items() if value]) > 1:
+        raise RecipeError(f"{' and '.join(named)}: give one of them")
+    if dry_run:
+        _print_plan(api.make_plan(loaded, **where), "generate", as_json)
+    elif pilot:
+        _print_pilot(api.pilot(loaded, pilot, **where), as_json)
+    elif shard:
+        _print_shard(api.generate_shard(loaded, shard, **where), as_json)
+    elif shards:
+        _print_outcome(api.generate_shards(loaded, shards, executor, **where), "generate", as_json)
+    else:
+        _print_outcome(api.generate(loaded, **where), "generate", as_json)
+
+
+def _print_pilot(pilot: "Pilot", as_json: bool) -> None:
+    from distill.teachers.pilot import as_text
+
+    if as_json:
+        _print_json(pilot.to_json())
+    else:
+        print(as_text(pilot))
+
+
+def _print_shard(counts: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(counts)
+    else:
+        print(", ".join(f"{key} {value}" for key, value in counts.items()))
+
+
+@app.command("select")
+@guarded
+def select(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    reverify: Annotated[
+        bool, typer.Option("--reverify", help="Verify all stored traces again and say which verdicts changed.")
+    ] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="USER/NAME", help="Upload the data set and its card; takes HF_TOKEN."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: a new one is private.")] = False,
+    runs: RunsFolder = Path("runs"),
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    device: Device = "auto",
+    threads: Threads = 0,
+    quiet: Quiet = False,
+    require: Require = False,
+    accept_partial: Partial = False,
+) -> None:
+    """Verify the traces and choose those that train; every drop is counted and explained."""
+    from distill import api
+    from distill.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    where: api.Where = {
+        "runs": runs, "device": device, "threads": threads, "quiet": quiet, "require": require,
+        "accept_partial": accept_partial,
+    }  # fmt: skip
+    if reverify and push_to_hub:
+        raise RecipeError("--reverify and --push-to-hub: give one of them")
+    if private and not push_to_hub:
+        raise RecipeError("--private goes with --push-to-hub USER/NAME")
+    if dry_run:
+        _print_plan(api.make_plan(loaded, **where), "select", as_json)
+    elif reverify:
+        _reverify(loaded, api.options(**where), as_json)
+    elif push_to_hub:
+        _select_and_push(loaded, where, push_to_hub, private, as_json)
+    else:
+        _print_outcome(api.select(loaded, **where), "select", as_json)
+
+
+def _reverify(recipe: "Recipe", options: "RunOptions", as_json: bool) -> None:
+    from distill.teachers.reverify import reverify
+
+    comparison = reverify(recipe, options)
+    if as_json:
+        _print_json(comparison.to_json())
+    else:
+        _print_table(["before", "now", "traces"], [[*names, f"{count:,}"] for *names, count in comparison.rows])
+
+
+def _select_and_push(recipe: "Recipe", where: Any, repo: str, private: bool, as_json: bool) -> None:
+    from distill import api
+    from distill.teachers.hub import check_push, push
+
+    check_push(repo)
+    address = push(api.select(recipe, **where).results["select"], repo, private)
+    if as_json:
+        _print_json({"data_set": address})
+    else:
+        print(address)
+
+
+@app.command("merge")
+@guarded
+def merge(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    others: Annotated[
+        list[Path] | None,
+        typer.Option("--from", metavar="DIR", help="Another run store whose answers are taken over; may be repeated."),
+    ] = None,
+    runs: RunsFolder = Path("runs"),
+    accept_partial: Partial = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Put together what the shards of a generate run have answered; asks the teacher for nothing."""
+    from distill import api
+    from distill.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    outcome = api.merge(loaded, others or (), runs=runs, quiet=quiet, accept_partial=accept_partial)
+    _print_outcome(outcome, "generate", as_json)
+
+
+@app.command("forget")
+@guarded
+def forget(
+    prompt_ids: Annotated[list[str], typer.Argument(metavar="PROMPT_ID…", help="As `distill inspect` shows them.")],
+    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Kept in the tombstone.")],
+    purge: Annotated[
+        bool, typer.Option("--purge", help="Also delete sealed stage runs that hold copies; they can be made again.")
+    ] = False,
+    runs: RunsFolder = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Remove every trace of these prompts from the ledgers; they are never asked again."""
+    from distill import api
+
+    done = api.forget(prompt_ids, reason, runs, purge)
+    if as_json:
+        _print_json(done._asdict())
+        return
+    print(f"{done.prompts} prompts removed, {done.lines} lines cut out of ledgers")
+    for stage in done.stages:
+        print(f"{stage}: {'deleted' if purge else 'still holds copies; --purge deletes it'}")
 
 
 def _print_plan(plan: "Plan", stage: str | None, as_json: bool) -> None:
@@ -329,16 +514,33 @@ def inspect(
     stage: Annotated[
         str | None, typer.Option("--stage", metavar="LABEL", help="Stage to show: select, eval:student:heldout, …")
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", metavar="N", min=0, help="Show at most N; 0 shows all.")] = 10,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", metavar="N", min=0, help="Show at most N, 10 by default; 0 shows all, as --html does."),
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Show long texts whole.")] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write a page to search, filter and read in a browser."),
+    ] = None,
     runs: RunsFolder = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
     """Show traces readably: prompt, reasoning, answer, verdict, flags."""
     from distill import api
-    from distill.inspection import Filters, as_text
+    from distill.inspection import SHOWN_AT_FIRST, Filters, as_text
 
+    if limit is None:
+        limit = 0 if html else SHOWN_AT_FIRST
     filters = Filters(wrong, correct, truncated, failed, key, limit or None, stage)
+    if html:
+        page = api.write_viewer(target, html, filters, overrides or (), runs)
+        if as_json:
+            _print_json(page._asdict())
+        else:
+            print(page.path)
+            print(f"traces: {page.traces:,}; {page.bytes / 1e6:,.1f} MB; open it in a browser", file=sys.stderr)
+        return
     shown = api.inspect(target, filters, overrides or (), runs)
     if as_json:
         _print_json([one.to_json() for one in shown])

@@ -17,13 +17,13 @@ from pydantic.fields import FieldInfo
 
 from distill.errors import RecipeError
 
-VERIFIERS = ("number", "math", "exact", "reasoning_gym")
+VERIFIERS = ("number", "math", "exact", "reasoning_gym", "choice", "regex", "code")
 GOLD_RULES = ("as_is", "after_hashes", "boxed", "last_number")
-ENGINE_NAMES = ("openai", "transformers", "onnx", "solver", "recorded")
+ENGINE_NAMES = ("openai", "openai_batch", "vllm", "transformers", "onnx", "solver", "recorded")
 VARIANTS = ("fp32", "int8", "int4")
 
 GoldRule = Literal["as_is", "after_hashes", "boxed", "last_number"]
-EngineName = Literal["openai", "transformers", "onnx", "solver", "recorded"]
+EngineName = Literal["openai", "openai_batch", "vllm", "transformers", "onnx", "solver", "recorded"]
 Variant = Literal["fp32", "int8", "int4"]
 Scalar = str | int | float | bool | None
 
@@ -101,8 +101,9 @@ class PromptSource(Section):
     """Column that holds the reference answer; null where there is none."""
     gold: GoldRule = "as_is"
     """How the reference answer is taken from its column: `after_hashes` reads GSM8K's `#### 72`."""
-    verifier: str | FileVerifier = "number"
-    """A built-in verifier, the name of an installed one (entry point group `distill.verifiers`), or `{file: ...}`."""
+    verifier: "Verifier" = "number"
+    """A built-in verifier, the name of an installed one (entry point group `distill.verifiers`), `{file: ...}`, or one
+    with options such as `{code: {tests_column: tests}}`."""
     licence: str | None = None
     """Licence of the source, carried into every record."""
     limit: int | None = Field(default=None, gt=0)
@@ -192,7 +193,7 @@ class Endpoint(Section):
     model: str | None = unhashed(None)
     """What this server calls the model, where it is not `teacher.model`."""
     weight: float = unhashed(1.0, gt=0)
-    """Share of the requests that goes here while all endpoints are healthy."""
+    """Share of the requests that goes here while all endpoints are healthy; of equal weights, each is kept full."""
     concurrency: int | Literal["auto"] = unhashed("auto")
     """Requests in flight at once; `auto` finds what the server takes, up to `max_concurrency`."""
     max_concurrency: int = unhashed(1024, gt=0)
@@ -217,12 +218,163 @@ class Endpoint(Section):
         return self
 
 
+# --- verifiers ------------------------------------------------------------------------------------------------------
+
+
+class ChoiceVerifier(Section):
+    """The letter of a multiple-choice answer."""
+
+    letters: str = Field(default="ABCDEFGHIJ", pattern=r"^[A-J]{2,10}$")
+    """Letters that are options; any other one is text. What an option says is read from the row's `options` or
+    `choices`."""
+
+
+class RegexVerifier(Section):
+    """A regular expression that the answer must match."""
+
+    pattern: str | None = None
+    """The expression, in Python's syntax; null takes each prompt's reference answer as one."""
+    full: bool = True
+    """Match the whole of the boxed content, or else the answer or its last line; false searches anywhere."""
+
+    @model_validator(mode="after")
+    def _compiles(self) -> Self:
+        try:
+            re.compile(self.pattern or "")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"pattern {self.pattern!r} is no regular expression: {error}") from error
+        return self
+
+
+class JsonSchemaVerifier(Section):
+    """A JSON Schema (Draft 2020-12) that the answer's JSON must satisfy."""
+
+    file: Path
+    """The schema; its content hash is part of the verifier's version, and it may refer to no other file or address."""
+
+
+class CodeVerifier(Section):
+    """Tests that the answer's Python code must pass, in a sandbox (bubblewrap) without network, files or secrets."""
+
+    entry: Literal["asserts", "stdin"] = "asserts"
+    """`asserts`: tests are Python statements that call the answer. `stdin`: tests are inputs of a program, and what it
+    must print: a list of `{input: ..., output: ...}`, or `{inputs: [...], outputs: [...]}`."""
+    tests_column: str = "test_list"
+    """Column of the tests: a text, or a list of them; for `stdin` also as JSON text."""
+    setup_column: str | None = None
+    """Column of code that runs before the answer and before the tests, such as imports (MBPP's `test_imports`)."""
+    entry_point_column: str | None = None
+    """Column with the name of the function under test, for tests that define `check(candidate)` (HumanEval)."""
+    timeout_s: float = unhashed(30.0, gt=0)
+    """Longest time that all tests of an answer may take together; generous, since the machine may be busy."""
+    cpu_s: int = Field(default=10, gt=0)
+    """CPU seconds that a process of the answer may use."""
+    memory_mb: int = Field(default=512, ge=64)
+    """Memory of the answer's processes together."""
+    file_mb: int = Field(default=16, gt=0)
+    """Largest file that it may write, and the size of its private folder."""
+    output_kb: int = Field(default=1024, gt=0)
+    """Most that a program may print, for `stdin`; what `asserts` print is thrown away."""
+    processes: int = Field(default=32, gt=0)
+    """Processes and threads that it may have at once."""
+    allow_unsandboxed: bool = unhashed(False)
+    """Where there is no sandbox, run answers with the rights of this process, say so, and mark every verdict. Off, such
+    a machine is refused before the run starts."""
+
+
+RUBRIC = """Compare the answer with the reference answer to the question. Judge the final result only, not the way to
+it or its wording. It is CORRECT if it means the same as the reference, WRONG if it does not or if there is no final
+result, and UNSURE if the question and the reference do not let you tell.
+
+Question:
+{question}
+
+Reference answer:
+{gold}
+
+Answer to judge:
+{answer}"""
+"""What a judge is asked where the recipe does not say otherwise."""
+
+
+class JudgeVerifier(Section):
+    """A language model, behind an OpenAI-compatible server, that judges answers by a rubric."""
+
+    model: str
+    """Model id as the server knows it."""
+    endpoint: Endpoint = unhashed(Endpoint())
+    """The server."""
+    rubric: str = RUBRIC
+    """What the judge is asked; `{question}`, `{gold}` and `{answer}` are filled in, the answer fenced off as data. How
+    to end (`VERDICT: CORRECT`, `WRONG` or `UNSURE`) is added by us."""
+    system: str | None = None
+    """System prompt of the judge; null sends none."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0 is greedy."""
+    max_new_tokens: int = Field(default=2048, gt=0)
+    """Limit of the judge's tokens, its reasoning included."""
+    prices: Prices | None = unhashed(None)
+    """What the judge charges; it counts against the budget."""
+
+    @model_validator(mode="after")
+    def _shows_the_answer(self) -> Self:
+        if "{answer}" not in self.rubric:
+            raise ValueError("rubric has no {answer}: the judge would not see what to judge")
+        return self
+
+
+class VerifierSection(Section):
+    """A verifier with options, or several of them combined: exactly one of these keys."""
+
+    choice: ChoiceVerifier | None = None
+    """Multiple choice, A to J."""
+    regex: RegexVerifier | None = None
+    """A regular expression."""
+    json_schema: JsonSchemaVerifier | None = None
+    """A JSON Schema."""
+    code: CodeVerifier | None = None
+    """Tests of program code."""
+    judge: JudgeVerifier | None = None
+    """A language model with a rubric."""
+    any_of: list["Verifier"] | None = Field(default=None, min_length=1)
+    """Correct if any of these says correct, wrong if all say wrong."""
+    all_of: list["Verifier"] | None = Field(default=None, min_length=1)
+    """Correct if all of these say correct, wrong if any says wrong."""
+
+    @model_validator(mode="after")
+    def _one_key(self) -> Self:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            allowed = ", ".join([*type(self).model_fields, "file"])
+            raise ValueError(f"a verifier is one of {allowed} (given: {', '.join(given) or 'none'})")
+        return self
+
+
+def _verifier_kind(value: Any) -> str:
+    if isinstance(value, str):
+        return "verifier:name"
+    own_file = isinstance(value, FileVerifier) or (isinstance(value, Mapping) and "file" in value)
+    return "verifier:file" if own_file else "verifier:section"
+
+
+Verifier = Annotated[
+    Annotated[str, Tag("verifier:name")]
+    | Annotated[FileVerifier, Tag("verifier:file")]
+    | Annotated[VerifierSection, Tag("verifier:section")],
+    Discriminator(_verifier_kind),
+]
+"""What a recipe may say of a verifier: a name, a file of the user's own, or a section with options."""
+
+VerifierSection.model_rebuild()
+PromptSource.model_rebuild()
+
+
 class Until(Section):
     """Adaptive sampling: a prompt gets samples until enough of them verify."""
 
     correct: int = Field(default=1, gt=0)
     """Stop a prompt once so many of its traces are judged correct."""
-    tries: int = Field(default=4, gt=0)
+    tries: int = Field(default=4, gt=0, le=100)
     """Most samples a prompt."""
 
     @model_validator(mode="after")
@@ -232,11 +384,58 @@ class Until(Section):
         return self
 
 
+class VllmOptions(Section):
+    """vLLM in this process, under vLLM's own names; what only decides speed and memory is no part of the identity."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type to compute in; `auto` takes the checkpoint's, with float32 rounded to bfloat16 or float16."""
+    quantization: str | None = None
+    """How weights are quantized, such as `fp8`; null reads it from the checkpoint."""
+    kv_cache_dtype: str = "auto"
+    """Type of the key/value cache, such as `fp8`."""
+    max_model_len: int | None = Field(default=None, gt=0)
+    """Longest prompt and answer together, in tokens; null takes what the model allows. Less takes less memory."""
+    tensor_parallel_size: int = unhashed(1, gt=0)
+    """Devices that share each layer."""
+    pipeline_parallel_size: int = unhashed(1, gt=0)
+    """Groups of devices that each hold a part of the layers."""
+    data_parallel_size: int = unhashed(1, gt=0)
+    """Copies of the model that share the requests."""
+    gpu_memory_utilization: float = unhashed(0.9, gt=0, le=1)
+    """Share of each device's memory that vLLM may take."""
+    kv_cache_gb: float | None = unhashed(None, gt=0)
+    """Memory of the key/value cache of each device instead of what its share leaves; give it where there is no GPU."""
+    max_num_seqs: int = unhashed(256, gt=0)
+    """Most requests that a copy of the model answers at once."""
+    enable_prefix_caching: bool = unhashed(True)
+    """Keep the keys and values of common starts of prompts, such as a system prompt."""
+    enforce_eager: bool = unhashed(False)
+    """Do not compile the model: starts sooner, runs slower."""
+
+
+class BatchOptions(Section):
+    """A server's batch interface: answers within hours, at a lower price."""
+
+    completion_window: str = unhashed("24h")
+    """Time within which the server promises to be done; most offer `24h` only."""
+    poll_s: float = unhashed(60.0, gt=0)
+    """Longest pause between two looks at a batch; the first ones come sooner."""
+    max_requests: int = unhashed(50_000, gt=0)
+    """Most requests in a batch."""
+    max_mb: float = unhashed(100.0, gt=0)
+    """Largest batch that is uploaded, in megabytes."""
+    max_open: int = unhashed(8, gt=0)
+    """Most batches that the server holds at once."""
+    price_ratio: float = unhashed(0.5, gt=0)
+    """What a batch costs, as a share of `prices`."""
+
+
 class TeacherConfig(Section):
     """Who writes the reasoning traces."""
 
     engine: EngineName
-    """`openai`, `transformers`, `onnx`, `solver` (built-in worked solutions) or `recorded` (existing traces)."""
+    """`openai`, `openai_batch`, `vllm`, `transformers`, `onnx`, `solver` (built-in worked solutions) or `recorded`
+    (existing traces)."""
     model: str = ""
     """Model id as the engine knows it: a served name, a hub id, a folder or a GGUF file."""
     revision: str | None = None
@@ -255,9 +454,13 @@ class TeacherConfig(Section):
     recorded: RecordedTraces | None = None
     """Where existing traces lie, for `engine: recorded`."""
     endpoint: Endpoint = unhashed(Endpoint())
-    """The server, for `engine: openai`."""
+    """The server, for `engine: openai` and `openai_batch`."""
     endpoints: list[Endpoint] = unhashed([])
     """A pool of servers instead of `endpoint`, by weight, with failover; all must serve the same model."""
+    batch: BatchOptions = unhashed(BatchOptions())
+    """How requests are handed in, for `engine: openai_batch`."""
+    vllm: VllmOptions = VllmOptions()
+    """How the model is run, for `engine: vllm`."""
     probe: bool = unhashed(True)
     """Send each endpoint one cheap request before the work, to check model, reasoning, parameters and context."""
     prices: Prices | None = unhashed(None)
@@ -273,18 +476,34 @@ class TeacherConfig(Section):
             self.recorded is None or bool(self.recorded.files) == (self.recorded.hub is not None)
         ):
             raise ValueError("engine: recorded takes recorded.files or recorded.hub, one of the two")
-        if self.engine in ("openai", "transformers", "onnx") and not self.model:
+        if self.engine not in ("solver", "recorded") and not self.model:
             raise ValueError(f"engine: {self.engine} takes a model")
         if self.endpoints and self.endpoint != Endpoint():
             raise ValueError("give endpoint or endpoints, one of the two")
+        if self.endpoints and self.engine == "openai_batch":
+            raise ValueError("engine: openai_batch takes endpoint: a batch lies at one server")
         if self.until is not None:
             self._until_makes_sense(self.until)
         limits = [self.sampling.max_new_tokens, *self.escalate]
         if any(limit <= before for before, limit in zip(limits, self.escalate)):
             raise ValueError(f"escalate: limits must rise from sampling.max_new_tokens, given: {limits}")
-        if self.budget.usd is not None and self.prices is None:
-            raise ValueError("budget.usd takes prices: what the teacher charges cannot be guessed")
+        if self.budget.usd is not None and not all(self.prices_at(endpoint) for endpoint in self.servers):
+            raise ValueError("budget.usd takes prices: what the teacher charges is in no list that we have")
         return self
+
+    @property
+    def servers(self) -> list[Endpoint]:
+        """The pool, or the one server."""
+        return self.endpoints or [self.endpoint]
+
+    def prices_at(self, endpoint: Endpoint) -> Prices | None:
+        """What a server charges: its own prices, the teacher's, or those of the dated list; None where unknown."""
+        from distill.prices import listed_prices
+
+        if endpoint.prices or self.prices:
+            return endpoint.prices or self.prices
+        listed = listed_prices(endpoint.base_url, endpoint.model or self.model)
+        return listed.prices if listed and self.engine in ("openai", "openai_batch") else None
 
     def _until_makes_sense(self, until: Until) -> None:
         if self.sampling.n != 1:
@@ -296,6 +515,69 @@ class TeacherConfig(Section):
 # --- select, format -------------------------------------------------------------------------------------------------
 
 
+Action = Literal["drop", "flag", "ignore"]
+"""What becomes of a trace in which something is found: `flag` counts it and lets it train, `ignore` does not look."""
+
+
+class Loops(Section):
+    """Text that goes in circles."""
+
+    action: Action = "drop"
+    """`drop`, `flag` (count only) or `ignore`."""
+    repeats: int = Field(default=4, gt=1)
+    """A phrase of 20 words counts as repeated when it stands so often in the text, word for word."""
+    max_share: float = Field(default=0.6, gt=0, le=1)
+    """Largest share of any 300 words in a row that may be repeated phrases."""
+    min_compression: float = Field(default=0.08, ge=0, lt=1)
+    """Smallest part of its size to which any 3,000 characters in a row may shrink when compressed."""
+
+
+class LanguageMix(Section):
+    """Letters of a script that the prompt does not have, such as Chinese in an English solution."""
+
+    action: Action = "drop"
+    """`drop`, `flag` (count only) or `ignore`."""
+    max_letters: int = Field(default=4, ge=0)
+    """Most such letters; Latin and Greek ones and those in quotation marks do not count."""
+
+
+class Refusals(Section):
+    """Answers such as "I'm sorry, but I can't help with that"."""
+
+    action: Action = "drop"
+    """`drop`, `flag` (count only) or `ignore`."""
+    max_chars: int = Field(default=600, gt=0)
+    """Longest answer, in characters, that is looked at."""
+
+
+class NearDuplicateRules(Section):
+    """Texts that nearly repeat an earlier one that trains.
+
+    Texts with other numbers are never alike, nor are prompts with another reference or those of `reasoning_gym`.
+    """
+
+    prompts: Action = "drop"
+    """Prompts nearly alike: the first one with a fit trace stays."""
+    traces: Action = "drop"
+    """Traces nearly alike; within one prompt they are looked for only where `per_prompt` is `all`."""
+    across: Literal["prompt", "source"] = "prompt"
+    """Compare the traces of one prompt, or all traces of a prompt source."""
+    threshold: float = Field(default=0.9, gt=0, le=1)
+    """Smallest similarity (of the sets of word n-grams) that counts as nearly alike."""
+
+
+class Decontamination(Section):
+    """Training prompts whose text overlaps a prompt of an evaluation set; equal prompts never train in any case.
+
+    Problems of `reasoning_gym` are all worded alike, so evaluation sets of them are kept apart as whole prompts only.
+    """
+
+    action: Action = "drop"
+    """`drop`, `flag` (count only) or `ignore`."""
+    ngrams: list[Annotated[int, Field(gt=3)]] = [8, 13]
+    """Lengths, in tokens, of the overlaps that are looked for; none of them finds whole problems only."""
+
+
 class Select(Section):
     """Which traces train; everything else is kept and counted."""
 
@@ -303,12 +585,46 @@ class Select(Section):
     """Verdicts that may train."""
     reasoning: Literal["required", "optional", "none"] = "required"
     """`required`: closed, non-empty reasoning. `optional`: closed or absent. `none`: reasoning is dropped."""
-    per_prompt: Literal["all", "first", "shortest"] = "first"
-    """Which of a prompt's remaining traces to keep."""
+    min_chars: int | None = Field(default=None, gt=0)
+    """Shortest reasoning plus answer, in characters."""
     max_chars: int | None = Field(default=None, gt=0)
     """Longest reasoning plus answer, in characters."""
+    loops: Loops = Loops()
+    """Repetition."""
+    language_mix: LanguageMix = LanguageMix()
+    """Languages that do not belong there."""
+    refusals: Refusals = Refusals()
+    """Refusals to answer."""
+    secrets: Action = "drop"
+    """API keys, tokens and private keys in what would train: `drop`, `flag` (count only) or `ignore`."""
+    personal_data: Action = "drop"
+    """E-mail addresses, telephone, bank account and card numbers: `drop`, `flag` (count only) or `ignore`."""
+    decontamination: Decontamination = Decontamination()
+    """Overlap with the evaluation sets of the recipe, the held-out prompts among them."""
+    near_duplicates: NearDuplicateRules = NearDuplicateRules()
+    """Texts nearly alike; traces of one prompt that are exactly alike train once in any case."""
+    per_prompt: Literal["all", "first", "shortest", "random"] = "first"
+    """Which of a prompt's remaining traces to keep."""
+    max_per_source: int | float | dict[str, int | float] | None = None
+    """Most examples of one prompt source: a number, or (below 1) a share of all examples; or such by source name."""
     limit: int | None = Field(default=None, gt=0)
     """Keep only so many examples, in prompt order."""
+    seed: int = 0
+    """Seed of `per_prompt: random` and of which examples stay under `max_per_source`."""
+
+    @model_validator(mode="after")
+    def _bounds_make_sense(self) -> Self:
+        if self.min_chars is not None and self.max_chars is not None and self.min_chars > self.max_chars:
+            raise ValueError(f"min_chars ({self.min_chars}) is above max_chars ({self.max_chars})")
+        caps = self.max_per_source
+        for cap in caps.values() if isinstance(caps, dict) else [caps]:
+            if cap is not None and (cap <= 0 or (isinstance(cap, float) and cap >= 1)):
+                raise ValueError(f"max_per_source: {cap} is neither a number of examples nor a share between 0 and 1")
+        return self
+
+    def cap(self, source: str) -> int | float | None:
+        """Most examples of a prompt source: a number, a share below 1, or None for no limit."""
+        return self.max_per_source.get(source) if isinstance(self.max_per_source, dict) else self.max_per_source
 
 
 class FormatConfig(Section):
@@ -482,6 +798,7 @@ class Recipe(Section):
             raise ValueError(f"prompts: two sources are called {twice.pop()!r}; names must differ")
         if self.teacher and not self.prompts:
             raise ValueError("teacher: there is nothing to answer; add prompts")
+        self._caps_fit_the_sources(names)
         if self.student and self.student.phases and not self.teacher:
             raise ValueError("student.phases: there is nothing to train on; add prompts and a teacher")
         if self.evaluate:
@@ -489,6 +806,19 @@ class Recipe(Section):
         if self.export and not self.student and not self.export.model:
             raise ValueError("export: there is no model to export; add student or export.model")
         return self
+
+    def _caps_fit_the_sources(self, names: Sequence[str]) -> None:
+        caps = self.select.max_per_source
+        if isinstance(caps, dict) and (unknown := next((name for name in caps if name not in names), None)):
+            near = difflib.get_close_matches(unknown, names, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"select.max_per_source: no prompt source is called {unknown!r}{hint}; {', '.join(names)}")
+        shares = [cap for name in names if isinstance(cap := self.select.cap(name), float)]
+        if names and len(shares) == len(names) and sum(shares) < 1:
+            raise ValueError(
+                f"select.max_per_source: the shares of all sources add up to {sum(shares):g}; they must reach 1, or no"
+                " data set can have them"
+            )
 
     def _evaluation_has_prompts(self, evaluate: Evaluate) -> None:
         heldout = sum(source.heldout for source in self.prompts)
@@ -631,16 +961,25 @@ def validate(kind: type[SectionT], values: Any, where: str, lines: Mapping[Keys,
         return kind.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
-        at = tuple(part for part in problem["loc"] if part != "sft")
+        at = tuple(part for part in problem["loc"] if part not in TAGS)
         line = next((lines[at[:size]] for size in range(len(at), -1, -1) if at[:size] in lines), None)
         place = f"{where}:{line}" if line else where
         raise RecipeError(f"{place}: {_explain(kind, at, problem)}") from error
 
 
+TAGS: Mapping[Any, type[Section] | None] = {
+    "sft": SftPhase,
+    "verifier:name": None,
+    "verifier:file": FileVerifier,
+    "verifier:section": VerifierSection,
+}
+"""What pydantic puts into the place of a problem where a section has several forms, and the form."""
+
+
 def _explain(kind: type[Section], at: Keys, problem: Mapping[str, Any]) -> str:
     key, given = ".".join(map(str, at)), problem["input"]
     if problem["type"] == "extra_forbidden":
-        allowed = _fields_at(kind, at[:-1])
+        allowed = _fields_at(kind, problem["loc"][:-1])
         near = difflib.get_close_matches(str(at[-1]), allowed, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         return f"unknown key {key!r}{hint}; allowed here: {', '.join(allowed)}"
@@ -662,12 +1001,14 @@ def _explain(kind: type[Section], at: Keys, problem: Mapping[str, Any]) -> str:
 def _fields_at(kind: type[BaseModel], path: Keys) -> list[str]:
     """Names of the fields that a section at `path` takes."""
     for part in path:
-        if isinstance(part, str) and part in kind.model_fields:
+        if form := TAGS.get(part):
+            kind = form
+        elif isinstance(part, str) and part in kind.model_fields:
             inner = [t for t in _types(kind.model_fields[part].annotation) if _is_section(t)]
             if not inner:
                 return []
             kind = inner[0]
-    return list(kind.model_fields)
+    return [*kind.model_fields, *(["file"] if kind is VerifierSection else [])]
 
 
 def _types(annotation: Any) -> list[Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.runs import RunOptions, available_cores, library_versions
+from distill.verifiers.sandbox import REMEDY, sandbox_problem
 
 EXTRAS = {
     "train": ("torch", "transformers", "accelerate", "safetensors", "datasets", "pyarrow", "gguf", "jinja2"),
@@ -35,6 +36,7 @@ def examine(options: RunOptions) -> dict[str, Any]:
         "threads": {"available_cores": available_cores(), "used": options.cpu_threads},
         "devices": _devices(),
         "attention": _attention(),
+        "code_sandbox": _code_sandbox(),
         "missing_extras": missing_extras(),
         "hub": _hub(),
         "disk": {"runs": _disk(options.runs)},
@@ -90,6 +92,12 @@ def _attention() -> dict[str, bool]:
     return {"per_document": True, "sdpa": True, "flash_attention_2": bool(is_flash_attn_2_available())}
 
 
+def _code_sandbox() -> dict[str, Any]:
+    """Whether the verifier `code` can run answers in a sandbox here; one is started to see."""
+    problem = sandbox_problem()
+    return {"usable": problem is None, "problem": problem}
+
+
 def _hub() -> dict[str, Any]:
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
     home = home.expanduser()
@@ -106,7 +114,7 @@ def _disk(folder: Path) -> dict[str, Any]:
 
 def as_text(found: dict[str, Any]) -> str:
     """The same for people."""
-    system, hub, runs = found["system"], found["hub"], found["disk"]["runs"]
+    system, hub, runs, sandbox = found["system"], found["hub"], found["disk"]["runs"], found["code_sandbox"]
     memory = f", {system['memory_gib']} GiB" if system["memory_gib"] else ""
     lines = [
         f"system     Python {system['python']}, {system['platform']}{memory}",
@@ -114,6 +122,8 @@ def as_text(found: dict[str, Any]) -> str:
         f"threads    {found['threads']['used']} of {found['threads']['available_cores']} cores",
         "devices    " + ", ".join(found["devices"]),
         "attention  " + ", ".join(f"{name} {'yes' if usable else 'no'}" for name, usable in found["attention"].items()),
+        f"sandbox    {'yes' if sandbox['usable'] else 'no'} (verifier code)"
+        f"{'' if sandbox['usable'] else ': ' + sandbox['problem'] + '; ' + REMEDY}",
         f"hub        {hub['home']}, {hub['free_gib']} GiB free, {'offline' if hub['offline'] else 'online'},"
         f" HF_TOKEN {'set' if hub['token_set'] else 'not set'}",
         f"runs       {runs['folder']}, {runs['free_gib']} GiB free{'' if runs['writable'] else ', NOT WRITABLE'}",

@@ -9,10 +9,12 @@
     ├── MissingExtraError        exit 2   an optional dependency that is not installed
     ├── StorageError             exit 2   no space, no permission, read-only
     ├── RunError                 exit 2   a locked, foreign or altered run folder
+    │   └── LockedError          exit 2   one that another process is writing now
     ├── TrainingError            exit 2   a batch that cannot be trained on
     ├── ExportError              exit 2   a graph that is not what was asked for
     ├── ArtifactError            exit 3   a shipped folder that fails its own check
     ├── GateError                exit 3   a result below the recipe's limits
+    ├── IncompleteError          exit 3   answers are missing that may come when asked again
     └── BudgetError              exit 3   a budget was reached; a higher one continues
     Interrupted (KeyboardInterrupt)  exit 130 after SIGINT, 143 after SIGTERM
 
@@ -66,6 +68,10 @@ class RunError(DistillError, RuntimeError):
     """A run folder is locked, unfinished or holds other bytes than its stage.json says."""
 
 
+class LockedError(RunError):
+    """Another process is writing the folder at this moment."""
+
+
 class TrainingError(DistillError, RuntimeError):
     """Training cannot start or go on with this data."""
 
@@ -82,6 +88,12 @@ class ArtifactError(DistillError, ValueError):
 
 class GateError(DistillError, RuntimeError):
     """A gate of the recipe was measured and failed."""
+
+    exit_code = 3
+
+
+class IncompleteError(DistillError, RuntimeError):
+    """Some answers are missing; everything bought so far is kept, and the same command asks for the rest."""
 
     exit_code = 3
 

@@ -8,13 +8,13 @@ stage.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distill.config import Evaluate, PromptSource, Recipe
-from distill.engines import Completion, Engine, Request, open_engine, run_async, sample_seed, stream
+from distill.config import Evaluate, FormatConfig, PromptSource, Recipe
+from distill.engines import Completion, Engine, Request, load, open_engine, run_async, sample_seed, stream
 from distill.errors import DataError
 from distill.models import find_model, load_config
 from distill.plan import set_sources
@@ -75,11 +75,22 @@ def evaluate(
     """
     requests = [_request(prompt, sample, config) for prompt in prompts for sample in range(config.sampling.n)]
     verifiers = {source.name: resolve(source.verifier) for source in sources}
-    with RecordLog(folder / ITEMS) as log, VerifierPool(options.cpu_threads, by_source=verifiers) as pool:
-        run_async(_answer_all(engine, requests, model, set_name, log, pool, folder, options))
+    # judges are asked like teachers, with a ledger: their home is there
+    open_judges = load("distill.teachers.judging:open_judges")
+    with RecordLog(folder / ITEMS) as log, open_judges(verifiers.values(), FormatConfig(), options) as judges:
+        with VerifierPool(options.cpu_threads, by_source=verifiers, judging=judges.verdict) as pool:
+            work = _answer_all(engine, requests, model, set_name, log, pool, folder, options)
+            run_async(_then_close(work, judges))
     summary = summarise(list(read_items(folder)), config.token_budgets)
     write_json(folder / SUMMARY, summary)
     return summary
+
+
+async def _then_close(work: Coroutine[Any, Any, None], judges: Any) -> None:
+    try:
+        await work
+    finally:
+        await judges.close()
 
 
 async def _answer_all(

@@ -7,6 +7,7 @@ verdicts and flags lie beside the traces or upstream of them, so this module fol
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ SHOWN_STAGES = ("generate", "select", "eval", "export")
 
 EXCERPT_CHARS = 1600
 """Longest text shown whole; longer ones lose their middle unless everything is asked for."""
+
+SHOWN_AT_FIRST = 10
+"""How many traces are shown in a terminal unless a number is given."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Filters:
     """No answer came at all."""
     key: str | None = None
     """Start of a prompt_id or trace_id."""
-    limit: int | None = 10
+    limit: int | None = SHOWN_AT_FIRST
     """Show at most so many; None shows all."""
     stage: str | None = None
     """Label of the stage in a recipe or pipeline, or its start: `select`, `eval:student`."""
@@ -53,6 +57,14 @@ class Filters:
         )
         return all(checks)
 
+    def __str__(self) -> str:
+        """What the filters leave in, in words; empty where they leave everything in."""
+        named = [name for name in ("wrong", "correct", "truncated", "failed") if getattr(self, name)]
+        named += [f"ids from {self.key}"] if self.key else []
+        named += [f"stage {self.stage}"] if self.stage else []
+        named += [f"the first {self.limit:,}"] if self.limit else []
+        return ", ".join(named)
+
 
 class Shown(NamedTuple):
     """One trace with everything that is known about it."""
@@ -65,6 +77,13 @@ class Shown(NamedTuple):
     flags: tuple[Flag, ...] = ()
     dropped: str | None = None
     """Why selection did not let it train; None where it did, or where nothing was selected."""
+    kept: bool | None = None
+    """Whether selection let it train; None where nothing was selected."""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it is worth its money: kept by selection or, where nothing was selected, judged correct."""
+        return self.kept if self.kept is not None else bool(self.verdict and self.verdict.correct)
 
     @property
     def truncated(self) -> bool:
@@ -81,6 +100,7 @@ class Shown(NamedTuple):
             "verdict": self.verdict.model_dump(mode="json", by_alias=True) if self.verdict else None,
             "flags": [flag.model_dump(mode="json", by_alias=True) for flag in self.flags],
             "dropped": self.dropped,
+            "kept": self.kept,
         }
 
 
@@ -92,18 +112,26 @@ class Place(NamedTuple):
     upstream: Mapping[str, Path]
 
 
-def show(target: Recipe | Path | str, filters: Filters, overrides: Sequence[str], runs: Path) -> list[Shown]:
-    """The traces of a target that pass the filters.
+def show(target: Recipe | Path | str, filters: Filters, overrides: Sequence[str], runs: Path) -> Iterator[Shown]:
+    """The traces of a target that pass the filters, one after the other.
 
-    Raises RunError if nothing has been run yet, DataError if a file holds no traces.
+    Raises RunError if nothing has been run yet, DataError if a file holds no traces; what is wrong with a file is said
+    when its traces are read.
     """
     if isinstance(target, str | Path) and Path(target).suffix == ".jsonl":
         found = _of_file(Path(target))
     else:
         places = _places(target, overrides, runs)
         found = (shown for place in _chosen(places, filters.stage) for shown in _of_place(place))
-    admitted = (shown for shown in found if filters.admit(shown))
-    return [shown for _, shown in zip(range(filters.limit), admitted)] if filters.limit else list(admitted)
+    return islice((shown for shown in found if filters.admit(shown)), filters.limit or None)
+
+
+def name_of(target: Recipe | Path | str) -> str:
+    """What a target is called: the recipe's name, or that of its file or folder without the way there."""
+    if isinstance(target, Recipe):
+        return target.name
+    path = Path(target)
+    return path.resolve().name if path.suffix == ".jsonl" or path.is_dir() else path.stem
 
 
 # --- from a target to folders ---------------------------------------------------------------------------------------
@@ -235,15 +263,17 @@ def _traces(path: Path, label: str, prompts: Mapping[str, Prompt], beside: Itera
     verdicts: dict[str, Verdict] = {}
     flags: dict[str, list[Flag]] = {}
     dropped: dict[str, str] = {}
-    for folder in dict.fromkeys(beside):
+    folders = list(dict.fromkeys(beside))
+    selected = any((folder / "dropped.jsonl").is_file() for folder in folders)
+    for folder in folders:
         dropped |= _drops(folder / "dropped.jsonl")
         verdicts |= {verdict.trace_id: verdict for verdict in _read(folder / "verdicts.jsonl", Verdict)}
         for flag in _read(folder / "flags.jsonl", Flag):
             flags.setdefault(flag.trace_id, []).append(flag)
     for trace in _read(path, Trace):
         prompt, verdict = prompts.get(trace.prompt_id), verdicts.get(trace.trace_id)
-        marks = tuple(flags.get(trace.trace_id, ()))
-        yield Shown(label, trace, prompt, verdict, marks, dropped.get(trace.trace_id))
+        marks, reason = tuple(flags.get(trace.trace_id, ())), dropped.get(trace.trace_id)
+        yield Shown(label, trace, prompt, verdict, marks, reason, kept=reason is None if selected else None)
 
 
 def _drops(path: Path) -> dict[str, str]:
@@ -281,7 +311,7 @@ def _as_shown(example: Example) -> Shown:
         think="absent" if example.reasoning is None else "closed",
         teacher=Teacher(engine="unknown"),
     )
-    return Shown("examples", trace, example.prompt)
+    return Shown("examples", trace, example.prompt, kept=True)
 
 
 def _first_keys(path: Path) -> set[str]:

@@ -1,17 +1,22 @@
 """Running a plan: preflight everything that is not done, then each stage in turn, then the pipeline's record."""
 
 import importlib
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from distill.config import Recipe
-from distill.errors import storage_errors
+from distill.errors import LockedError, storage_errors
 from distill.plan import STAGES, Plan, make_plan, pipeline_file, state_of
 from distill.progress import say
 from distill.records import write_json
 from distill.runs import RunOptions, SealedRun, Step, open_sealed
+
+WAIT_S = 0.2
+"""Pause before looking again whether another process has finished a stage."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,54 @@ def run_recipe(recipe: Recipe, options: RunOptions, stage: str | None = None) ->
         results[step.label] = open_sealed(step.folder, check=False)
         record(plan, options)
     return Outcome(plan, results, executed)
+
+
+def run_shard(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
+    """Let the teacher answer one shard of the prompts; nothing is sealed, `run_recipe` puts the shards together.
+
+    Several processes may do so at once over one run store: the stages before are run by whichever comes first.
+    """
+    steps = make_plan(recipe, options).until("generate")
+    preflight(recipe, steps, options)
+    *before, generate = steps
+    for step in before:
+        _run_or_wait(recipe, step, options)
+    if generate.sealed:
+        return {"shard": str(options.shard), "asked": 0, "sealed": str(generate.folder)}
+    return dict(stage_module(generate).run_shard(recipe, generate, options))
+
+
+def _run_or_wait(recipe: Recipe, step: Step, options: RunOptions) -> None:
+    while not step.sealed:
+        try:
+            stage_module(step).run(recipe, step, options)
+        except LockedError:
+            time.sleep(WAIT_S)
+
+
+def run_pilot(recipe: Recipe, options: RunOptions, prompts: int) -> Any:
+    """Answer a few prompts and forecast the whole: `distill.teachers.pilot.Pilot`. Seals only the stages before."""
+    steps = make_plan(recipe, options).until("generate")
+    preflight(recipe, steps, options)
+    *before, generate = steps
+    for step in before:
+        _run_or_wait(recipe, step, options)
+    return importlib.import_module("distill.teachers.pilot").run(recipe, generate, options, prompts)
+
+
+def merge(recipe: Recipe, options: RunOptions, others: Sequence[Path] = ()) -> Outcome:
+    """Put together what shards have answered, here and in other run stores, into the recipe's generate stage.
+
+    Asks for nothing. Raises IncompleteError if answers are missing, DataError for a store with none of them.
+    """
+    options = replace(options, ask=False)
+    *before, generate = make_plan(recipe, options).until("generate")
+    for step in before:
+        _run_or_wait(recipe, step, options)
+    if others and not generate.sealed:
+        came = stage_module(generate).take_over(recipe, generate, options, others)
+        say(f"{generate.label}: {came} answers taken over from {', '.join(map(str, others))}")
+    return run_recipe(recipe, options, "generate")
 
 
 def preflight(recipe: Recipe, steps: Sequence[Step], options: RunOptions) -> None:

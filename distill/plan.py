@@ -20,7 +20,7 @@ from distill.records import digest_json
 from distill.runs import STAGE_FILE, DigestCache, RunOptions, Step
 from distill.verifiers import resolve
 
-STAGE_VERSIONS = {"prompts": 1, "generate": 1, "select": 1, "train": 1, "eval": 1, "export": 1}
+STAGE_VERSIONS = {"prompts": 1, "generate": 1, "select": 2, "train": 1, "eval": 1, "export": 1}
 """Bumped when a stage gives other results for the same recipe (a changed default is such a change)."""
 
 STAGES = {
@@ -148,16 +148,33 @@ class Planner:
             fields["format"] = hashed_fields(self.recipe.format)
         if teacher.engine == "recorded":
             fields["markers"] = [self.recipe.format.open_marker, self.recipe.format.close_marker]
+        if teacher.until is not None:
+            fields["verifiers"] = verifier_labels(self.recipe.prompts)  # they decide when a prompt has enough samples
         generated = self.add("generate", "generate", fields, {"prompts": prompts})
+        if self.options.accept_partial and not generated.sealed:
+            # what is there now is another thing than what is wanted, and has an identity of its own
+            fields["partial"] = self._ledger_content(roots)
+            generated = self.add("generate", "generate", fields, {"prompts": prompts})
         # prompts of named evaluation sets never train, so selection depends on them
         kept_apart = {f"set:{name}": step for name, step in sets.items() if step is not prompts}
         fields = {"select": hashed_fields(self.recipe.select), "verifiers": verifier_labels(self.recipe.prompts)}
+        # the data set's chats are written with them
+        markers = {key: text for key, text in hashed_fields(self.recipe.format).items() if key.endswith("_marker")}
+        fields |= {"markers": markers} if markers else {}
         return self.add("select", "select", fields, {"traces": generated, "prompts": prompts, **kept_apart})
 
     def _teacher_roots(self) -> dict[str, str]:
         assert self.recipe.teacher is not None
         module = load(ENGINES[self.recipe.teacher.engine].partition(":")[0] + ":roots")
         return dict(module(self.recipe.teacher, self.cache))
+
+    def _ledger_content(self, roots: Mapping[str, str]) -> str:
+        """What the teacher has answered so far, for a run that takes it as it is."""
+        teacher = self.recipe.teacher
+        assert teacher is not None
+        engine_version = load(ENGINES[teacher.engine]).version
+        content = load("distill.teachers.ledger:content_of")
+        return str(content(self.options.runs, teacher, self.recipe.format, roots, engine_version, self.cache))
 
     def _base(self) -> dict[str, Any]:
         """The student's starting point: name and content."""

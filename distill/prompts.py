@@ -3,49 +3,64 @@
 A prompt's identity is a hash of its messages, so duplicates are found whatever their source, and the split is a
 function of the problems alone: neither the order of rows nor their number in the file moves a problem that is not
 needed to fill the set. Nothing on the held-out side, and with `split_by: numbers` no reordering of it, is ever on the
-training side.
+training side. Sources are read twice, so that they may be larger than memory: once to decide over a few integers a
+row (see `distill.mixture`), once to write.
 """
 
 import hashlib
 import importlib.metadata
 import json
 import re
+import tempfile
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from fractions import Fraction
+from contextlib import nullcontext
 from itertools import islice
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar
 
-from distill.config import VERIFIERS, FileVerifier, PromptSource, ReasoningGymSource, Recipe
+import numpy as np
+
+from distill import mixture
+from distill.config import VERIFIERS, PromptSource, ReasoningGymSource, Recipe
 from distill.errors import DataError, RecipeError
-from distill.progress import say
-from distill.records import Message, Prompt, digest_json, write_records
+from distill.mixture import Choice, Marks
+from distill.progress import Bar, progress, say
+from distill.records import Message, Prompt, prompt_id_of, write_records
 from distill.rows import Row, check_file, hub_root, nearest, read_hub, read_rows, require_columns
-from distill.runs import DigestCache, RunOptions, SealedRun, Step, open_run
-from distill.verifiers import recorded_name, resolve
+from distill.runs import DigestCache, OpenRun, RunOptions, SealedRun, Step, open_run
+from distill.verifiers import columns_of, recorded_name, resolve
 from distill.verifiers.answers import last_box, last_number, number_text
+
+ItemT = TypeVar("ItemT")
 
 TRAIN_FILE = "train.jsonl"
 HELDOUT_FILE = "heldout.jsonl"
+SHOWN_EVERY = 1000
+"""Rows between two moves of the progress bar."""
 
 
 def run(recipe: Recipe, step: Step, options: RunOptions) -> SealedRun:
     """Write `train.jsonl` and `heldout.jsonl` of the recipe's own prompts, or `heldout.jsonl` of a named set.
 
     The counts hold rows, duplicates and prompts of each source. Raises DataError or RecipeError as `preflight` does,
-    and DataError if nothing is left to train on.
+    and DataError if nothing is left to train on or a source changes while it is read.
     """
-    if "set" in step.args:
-        mixture = _evaluation_set(_sources(recipe, step)[0])
-    else:
-        mixture = mix(recipe.prompts)
-    if not options.quiet:
-        for line in mixture.notes:
-            say(f"{step.label}: {line}")
-    with open_run(step, options) as run:
-        if "set" not in step.args:
-            write_records(run.path(TRAIN_FILE), mixture.train)
-        write_records(run.path(HELDOUT_FILE), mixture.heldout)
-        return run.seal(_digest(mixture), mixture.counts)
+    sources, is_set = _sources(recipe, step), "set" in step.args
+    with tempfile.TemporaryDirectory() as scratch:
+        with progress(f"{step.label}: reading", None, options, "rows") as bar:
+            readings = read_marks(sources, Path(scratch), bar)
+        choices = [mixture.hold_out_all(readings[0])] if is_set else mixture.choose(sources, readings)
+        counts = {source.name: choice.counts for source, choice in zip(sources, choices)}
+        if not options.quiet:
+            for line in mixture.notes(counts):
+                say(f"{step.label}: {line}")
+        with open_run(step, options) as run:
+            with progress(f"{step.label}: writing", sum(map(len, readings)), options, "rows") as bar:
+                chosen = read_chosen(sources, Path(scratch), readings, choices, bar)
+                digest = _write(run, chosen, choices, is_set)
+            return run.seal(digest, mixture.totals(counts))
 
 
 def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
@@ -55,9 +70,10 @@ def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
     """
     for source in _sources(recipe, step):
         check_template(source)
-        first = next(iter(_prompts(source)), None)
-        if first is None:
+        problem = next(_problems(source), None)
+        if problem is None:
             raise DataError(f"prompts source {source.name!r}: no prompts in it")
+        first = _prompt(problem, source)
         if first.gold is None and source.gold_column is not None and _rule_needs_a_match(source):
             raise DataError(
                 f"prompts source {source.name!r}: rule {source.gold!r} finds no reference answer in column"
@@ -68,14 +84,14 @@ def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
 
 def roots(recipe_prompts: Sequence[PromptSource], cache: DigestCache) -> dict[str, str]:
     """What identifies the content of each source, by its name: a file's sha256, a generator's version, a data set's
-    commit; a verifier of the user's own adds `NAME.verifier`.
+    commit; a verifier of the user's own, or one with options, adds `NAME.verifier`.
 
     Raises DataError for a missing file, RecipeError for a missing verifier file.
     """
     found: dict[str, str] = {}
     for source in recipe_prompts:
         found[source.name] = _root(source, cache)
-        if isinstance(source.verifier, FileVerifier):
+        if not isinstance(source.verifier, str):
             found[f"{source.name}.verifier"] = resolve(source.verifier).version
     return found
 
@@ -104,27 +120,24 @@ def _check_verifier(source: PromptSource, first: Prompt) -> None:
 
     spec = resolve(source.verifier)
     check_verifier(spec, first)
-    if spec.name == "reasoning_gym" and "task" not in first.row:
+    if "task" not in first.row and any(leaf.name == "reasoning_gym" for leaf in spec.leaves()):
         raise RecipeError(
             f"prompts source {source.name!r}: verifier reasoning_gym judges prompts made by reasoning-gym only;"
-            f" choose one of {', '.join(name for name in VERIFIERS if name != spec.name)}"
+            f" choose one of {', '.join(name for name in VERIFIERS if name != 'reasoning_gym')}"
         )
 
 
-# --- reading one source ---------------------------------------------------------------------------------------------
+# --- reading, twice -------------------------------------------------------------------------------------------------
 
 
-class Reading(NamedTuple):
-    """The distinct prompts of a source and what was met on the way."""
+class Problem(NamedTuple):
+    """A row as its source asks it."""
 
-    prompts: list[Prompt]
-    rows: int
-    duplicates: int
-    """Rows whose prompt had been read before."""
-    conflicting: int
-    """Those of them with another reference answer than the first."""
-    no_gold: int
-    """Prompts without a reference answer: they can be asked, but not verified."""
+    row: Row
+    question: str
+    messages: tuple[Message, ...]
+    prompt_id: str
+    gold: str | None
 
 
 def read_source(source: PromptSource) -> list[Prompt]:
@@ -132,59 +145,127 @@ def read_source(source: PromptSource) -> list[Prompt]:
 
     Raises RecipeError for an unknown task, parameter or placeholder, DataError for rows that cannot be read.
     """
-    return read_counted(source).prompts
+    with tempfile.TemporaryDirectory() as scratch:
+        readings = read_marks([source], Path(scratch))
+        chosen = read_chosen([source], Path(scratch), readings, [mixture.hold_out_all(readings[0])])
+        return [prompt for _, prompt in chosen]
 
 
-def read_counted(source: PromptSource) -> Reading:
-    """As `read_source`, with counts."""
-    check_template(source)
-    rows = duplicates = conflicting = 0
-    kept: dict[str, Prompt] = {}
-    for prompt in _prompts(source):
-        rows += 1
-        first = kept.setdefault(prompt.prompt_id, prompt)
-        duplicates += first is not prompt
-        conflicting += first.gold != prompt.gold
-    if not kept:
-        raise DataError(f"prompts source {source.name!r}: no prompts in it")
-    no_gold = sum(prompt.gold is None for prompt in kept.values())
-    if no_gold == len(kept) and source.gold_column is not None and _rule_needs_a_match(source):
-        raise DataError(
-            f"prompts source {source.name!r}: rule {source.gold!r} finds no reference answer in column"
-            f" {source.gold_column!r} of any row; choose one of {', '.join(GOLD_RULES)}"
+def read_marks(sources: Sequence[PromptSource], scratch: Path, bar: Bar | None = None) -> list[Marks]:
+    """The first pass: what of each source's rows decides their places; raises as `read_source` does.
+
+    What generators make is kept in the folder `scratch` for the second pass.
+    """
+    mark = _marker(sources)
+    readings = []
+    for source in sources:
+        check_template(source)
+        marks = np.fromiter(
+            (mark(problem, source) for problem in _counted(_problems(source, scratch), bar)), mixture.MARKS
         )
-    return Reading(list(kept.values()), rows, duplicates, conflicting, no_gold)
+        if not len(marks):
+            raise DataError(f"prompts source {source.name!r}: no prompts in it")
+        if source.gold_column is not None and _rule_needs_a_match(source) and not marks["gold"].any():
+            raise DataError(
+                f"prompts source {source.name!r}: rule {source.gold!r} finds no reference answer in column"
+                f" {source.gold_column!r} of any row; choose one of {', '.join(GOLD_RULES)}"
+            )
+        readings.append(marks)
+    return readings
 
 
-def _prompts(source: PromptSource) -> Iterator[Prompt]:
-    verifier = recorded_name(source.verifier)
-    for row in islice(_rows(source), source.limit):
-        yield _prompt(row, source, verifier)
+def read_chosen(
+    sources: Sequence[PromptSource],
+    scratch: Path,
+    readings: Sequence[Marks],
+    choices: Sequence[Choice],
+    bar: Bar | None = None,
+) -> Iterator[tuple[int, Prompt]]:
+    """The second pass: the side and the prompt of every row that was not dropped, in the order of the rows.
+
+    Raises DataError if a source has other rows than in the first pass.
+    """
+    mark = _marker(sources)
+    for source, marks, choice in zip(sources, readings, choices):
+        sides, number = choice.sides(len(marks)), 0
+        for number, problem in enumerate(_counted(_problems(source, scratch), bar), 1):
+            if number > len(marks) or marks[number - 1].item() != mark(problem, source):
+                raise _changed(source, problem.row.where)
+            if sides[number - 1] != mixture.DROPPED:
+                yield int(sides[number - 1]), _prompt(problem, source)
+        if number < len(marks):
+            raise _changed(source, "its end")
 
 
-def _rows(source: PromptSource) -> Iterator[Row]:
+def _changed(source: PromptSource, where: str) -> DataError:
+    return DataError(
+        f"prompts source {source.name!r}: its rows changed while they were read (seen at {where}); run again when"
+        " nothing writes to it"
+    )
+
+
+def _marker(sources: Sequence[PromptSource]) -> Callable[[Problem, PromptSource], tuple[int, int, int, int]]:
+    """The function that gives a row's `MARKS`; hashes of Python's own hold for this process, and so for both passes."""
+    by_numbers = any(source.heldout and source.split_by == "numbers" for source in sources)
+
+    def mark(problem: Problem, source: PromptSource) -> tuple[int, int, int, int]:
+        numbers = numbers_of(problem.question) if by_numbers else ""
+        group = numbers if numbers and source.split_by == "numbers" else problem.prompt_id
+        return (
+            int(problem.prompt_id, 16),
+            hash(problem.gold) if problem.gold else 0,
+            hash(numbers),  # that of the empty text is 0
+            mixture.rank(source.split_seed, group) if source.heldout else 0,
+        )
+
+    return mark
+
+
+def _counted(items: Iterable[ItemT], bar: Bar | None) -> Iterator[ItemT]:
+    """The items, shown on the bar as they pass."""
+    number = 0
+    for number, item in enumerate(items, 1):
+        yield item
+        if bar and number % SHOWN_EVERY == 0:
+            bar.advance(SHOWN_EVERY)
+    if bar:
+        bar.advance(number % SHOWN_EVERY)
+
+
+def _problems(source: PromptSource, scratch: Path | None = None) -> Iterator[Problem]:
+    return (_problem(row, source) for row in islice(_rows(source, scratch), source.limit))
+
+
+def _rows(source: PromptSource, scratch: Path | None) -> Iterator[Row]:
     if source.reasoning_gym is not None:
-        return _generate(source.reasoning_gym)
+        made = scratch and scratch / f"{source.name}.jsonl"
+        return read_rows(made) if made and made.exists() else _generate(source.reasoning_gym, made)
     if source.hub is not None:
         return read_hub(source.hub)
     assert source.file is not None  # exactly one kind is given
     return read_rows(source.file)
 
 
-def _prompt(row: Row, source: PromptSource, verifier: str) -> Prompt:
+def _problem(row: Row, source: PromptSource) -> Problem:
     gold_column = [source.gold_column] if source.gold_column else []
     require_columns(row, [source.question_column, *gold_column])
     question = str(row.values[source.question_column] or "").strip()
     if not question:
         raise DataError(f"{row.where}: column {source.question_column!r} is empty; every row needs a problem")
     gold = GOLD_RULES[source.gold](_text(row.values[source.gold_column])) if source.gold_column else None
-    return Prompt.of(
-        [Message(role="user", content=render(source, row, question))],
-        gold=gold or None,
-        verifier=verifier,
+    messages = (Message(role="user", content=render(source, row, question)),)
+    return Problem(row, question, messages, prompt_id_of(messages), gold or None)
+
+
+def _prompt(problem: Problem, source: PromptSource) -> Prompt:
+    return Prompt(
+        prompt_id=problem.prompt_id,
+        messages=problem.messages,
+        gold=problem.gold,
+        verifier=recorded_name(source.verifier),
         source=source.name,
         licence=source.licence,
-        row=_kept_row(row, source, question),
+        row=_kept_row(problem.row, source, problem.question),
     )
 
 
@@ -196,14 +277,20 @@ def _text(value: Any) -> str:
 
 
 def _kept_row(row: Row, source: PromptSource, question: str) -> dict[str, Any]:
-    """What verifiers and built-in teachers may ask of a prompt; a verifier of the user's own may want any column."""
+    """What verifiers and built-in teachers may ask of a prompt; a verifier of the user's own may want any column.
+
+    Raises DataError, with the nearest one, for a row without a column that its verifier needs.
+    """
     if source.reasoning_gym is not None:
         entry = {key: value for key, value in row.values.items() if key != "question"}
         params = {"params": dict(source.reasoning_gym.params)} if source.reasoning_gym.params else {}
         return {"question": question, "task": source.reasoning_gym.task, **params, "entry": _plain_json(entry)}
-    if isinstance(source.verifier, FileVerifier) or source.verifier not in VERIFIERS:
+    columns = columns_of(source.verifier)
+    if columns is None:
         return {**_plain_json(row.values), "question": question}
-    return {"question": question}
+    require_columns(row, columns.required)
+    wanted = {name: row.values[name] for name in (*columns.required, *columns.optional) if name in row.values}
+    return {**_plain_json(wanted), "question": question}
 
 
 def _plain_json(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,17 +380,24 @@ SET_BY_SOURCE = ("seed", "size")
 """Parameters of every task that the source has fields for."""
 
 
-def _generate(source: ReasoningGymSource) -> Iterator[Row]:
-    """The task's problems; the generator is checked before the first is drawn."""
+def _generate(source: ReasoningGymSource, keep: Path | None) -> Iterator[Row]:
+    """The task's problems; the generator is checked before the first is drawn.
+
+    They are also written to the file `keep`, to be read from there the next time: some tasks take a second for each.
+    """
     from reasoning_gym import create_dataset
 
     params = check_task(source)
     dataset = create_dataset(source.task, seed=source.seed, size=source.size, **params)
-    for index in range(source.size):
-        entry = dict(dataset[index])
-        if entry.get("answer") is not None:
-            entry["answer"] = str(entry["answer"])
-        yield Row(f"reasoning_gym {source.task}: problem {index}", entry)
+    with keep.open("w", encoding="utf-8") if keep else nullcontext() as out:
+        for index in range(source.size):
+            entry = dict(dataset[index])
+            if entry.get("answer") is not None:
+                entry["answer"] = str(entry["answer"])
+            line = json.dumps(entry, default=str)
+            if out:
+                out.write(line + "\n")
+            yield Row(f"reasoning_gym {source.task}: problem {index}", json.loads(line))
 
 
 def check_task(source: ReasoningGymSource) -> dict[str, Any]:
@@ -337,61 +431,17 @@ def check_task(source: ReasoningGymSource) -> dict[str, Any]:
     return params
 
 
-# --- splitting ------------------------------------------------------------------------------------------------------
-
-
-class Split(NamedTuple):
-    """Training prompts in the order given, held-out prompts in the order in which they were drawn."""
-
-    train: list[Prompt]
-    heldout: list[Prompt]
-
-
-def split(prompts: Sequence[Prompt], source: PromptSource) -> Split:
-    """Set `source.heldout` prompts aside, whole groups at a time, the same ones whatever the order of rows.
-
-    Groups are ranked by a hash of the seed and the group; where the last one is larger than needed, its surplus is on
-    neither side. Raises RecipeError if nothing would be left to train on.
-    """
-    if source.heldout == 0:
-        return Split(list(prompts), [])
-    if source.heldout >= len(prompts):
-        raise RecipeError(
-            f"prompts source {source.name!r}: heldout is {source.heldout}, but there are only {len(prompts)} distinct"
-            " prompts; hold out fewer or add prompts"
-        )
-    groups: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        groups.setdefault(group_of(prompt, source), []).append(prompt)
-    ranked = sorted(groups, key=lambda group: _rank(source.split_seed, group))
-    heldout: list[Prompt] = []
-    touched: set[str] = set()
-    for group in ranked:
-        if len(heldout) == source.heldout:
-            break
-        members = sorted(groups[group], key=lambda prompt: prompt.prompt_id)
-        heldout += members[: source.heldout - len(heldout)]
-        touched.add(group)
-    return Split([prompt for prompt in prompts if group_of(prompt, source) not in touched], heldout)
-
-
-def group_of(prompt: Prompt, source: PromptSource) -> str:
-    """What must not be on both sides: the prompt, or the numbers of its question in any order."""
-    if source.split_by == "numbers" and (numbers := numbers_of(prompt)):
-        return numbers
-    return prompt.prompt_id
-
+# --- the numbers of a question --------------------------------------------------------------------------------------
 
 _DIGITS = re.compile(r"\d+(?:\.\d+)?")
 
 
-def numbers_of(prompt: Prompt) -> str:
-    """The sorted multiset of numbers in the question (`13 13 2`), empty if it has none.
+def numbers_of(question: str) -> str:
+    """The sorted multiset of numbers in a question (`13 13 2`), empty if it has none.
 
     Signs do not count, and a comma parts two numbers (`3,4` may be a list): both can only join groups that a finer
     reading would keep apart, never part reorderings of one problem.
     """
-    question = str(prompt.row.get("question", prompt.text))
     return " ".join(sorted(_canonical(digits) for digits in _DIGITS.findall(question)))
 
 
@@ -401,137 +451,78 @@ def _canonical(digits: str) -> str:
     return (whole.lstrip("0") or "0") + (f".{decimals}" if decimals else "")
 
 
-def _rank(seed: int, group: str) -> str:
-    return hashlib.sha256(f"{seed}:{group}".encode()).hexdigest()
+# --- writing --------------------------------------------------------------------------------------------------------
 
 
-# --- the mixture of all sources -------------------------------------------------------------------------------------
+def _write(run: OpenRun, chosen: Iterator[tuple[int, Prompt]], choices: Sequence[Choice], is_set: bool) -> str:
+    """Write both sides, or the held-out one of a set; returns the digest of their records."""
+    digest = _Digest()
+    with tempfile.TemporaryFile(dir=run.work) as file:
+        heldout = _Spool(file)
+        train = map(digest.add, _trained(chosen, heldout))
+        if is_set:
+            deque(train, maxlen=0)  # nothing trains: the held-out prompts are put aside on the way
+        else:
+            write_records(run.path(TRAIN_FILE), train)
+        digest.end_list()
+        write_records(run.path(HELDOUT_FILE), map(digest.add, heldout.take(mixture.drawn_places(choices))))
+    return digest.hexdigest
 
 
-class Mixture(NamedTuple):
-    """Both sides of all sources, with counts and what is worth saying."""
+def _trained(chosen: Iterable[tuple[int, Prompt]], heldout: "_Spool") -> Iterator[Prompt]:
+    for side, prompt in chosen:
+        if side == mixture.HELDOUT:
+            heldout.put(prompt)
+        else:
+            yield prompt
 
-    train: list[Prompt]
-    heldout: list[Prompt]
-    counts: dict[str, Any]
-    notes: list[str]
+
+class _Spool:
+    """Prompts on the disk, put down in one order and taken up in another."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._starts = array("Q")
+
+    def put(self, prompt: Prompt) -> None:
+        self._starts.append(self._file.tell())
+        self._file.write(prompt.to_line().encode())
+
+    def take(self, places: Iterable[int]) -> Iterator[Prompt]:
+        for place in places:
+            self._file.seek(self._starts[place])
+            yield Prompt.model_validate_json(self._file.readline())
 
 
-def mix(sources: Sequence[PromptSource]) -> Mixture:
-    """Read, split and mix sources; a prompt of several sources belongs to the first.
+class _Digest:
+    """`digest_json([train, heldout])` over prompts that come one at a time.
 
-    Raises DataError if nothing is left to train on, and as `read_source` and `split` do.
+    A verifier file counts by its content, not by where it lies.
     """
-    train: dict[str, list[Prompt]] = {}
-    heldout: dict[str, list[Prompt]] = {}
-    counts: dict[str, dict[str, int]] = {}
-    seen: set[str] = set()
-    for source in sources:
-        reading = read_counted(source)
-        own = [prompt for prompt in reading.prompts if prompt.prompt_id not in seen]
-        seen.update(prompt.prompt_id for prompt in own)
-        train[source.name], heldout[source.name] = split(own, source)
-        counts[source.name] = {
-            "rows": reading.rows,
-            "duplicates": reading.duplicates + len(reading.prompts) - len(own),
-            "conflicting": reading.conflicting,
-            "no_gold": reading.no_gold,
-            "split_surplus": len(own) - len(train[source.name]) - len(heldout[source.name]),
-        }
-    for source in sources:
-        kept = _away_from(heldout, train[source.name], sources)
-        counts[source.name]["kept_apart"] = len(train[source.name]) - len(kept)
-        train[source.name] = kept
-    for name, kept in subsample(train, sources).items():
-        counts[name]["subsampled_away"] = len(train[name]) - len(kept)
-        train[name] = kept
-        counts[name] |= {"train": len(kept), "heldout": len(heldout[name])}
-    if not any(train.values()):
-        raise DataError("prompts: nothing is left to train on; hold out fewer prompts or add some")
-    return Mixture(_joined(train), _joined(heldout), _totals(counts), _notes(counts))
 
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256(b"[[")
+        self._separator = b""
+        self._labels: dict[str, str] = {}
+        self._encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
 
-def _evaluation_set(source: PromptSource) -> Mixture:
-    """Every prompt of a set's own source."""
-    reading = read_counted(source)
-    counts = {
-        "rows": reading.rows,
-        "duplicates": reading.duplicates,
-        "conflicting": reading.conflicting,
-        "no_gold": reading.no_gold,
-        "heldout": len(reading.prompts),
-    }
-    return Mixture([], reading.prompts, _totals({source.name: counts}), _notes({source.name: counts}))
+    def add(self, prompt: Prompt) -> Prompt:
+        """Count a prompt and pass it on."""
+        label = self._labels.get(prompt.verifier) or resolve(prompt.verifier).label
+        self._labels[prompt.verifier] = label
+        text = self._encode({**prompt.model_dump(mode="json"), "verifier": label})
+        self._hash.update(self._separator + text.encode())
+        self._separator = b","
+        return prompt
 
+    def end_list(self) -> None:
+        """What follows is the second list."""
+        self._hash.update(b"],[")
+        self._separator = b""
 
-def _away_from(
-    heldout: Mapping[str, list[Prompt]], prompts: Sequence[Prompt], sources: Iterable[PromptSource]
-) -> list[Prompt]:
-    """The prompts that belong to no group of any source's held-out ones, by that source's own grouping."""
-    kept = list(prompts)
-    for source in sources:
-        groups = {group_of(prompt, source) for prompt in heldout[source.name]}
-        kept = [prompt for prompt in kept if group_of(prompt, source) not in groups]
-    return kept
-
-
-def subsample(train: Mapping[str, list[Prompt]], sources: Sequence[PromptSource]) -> dict[str, list[Prompt]]:
-    """Shrink the sources that have weights until their counts are in proportion to them; none grows.
-
-    The source that is scarcest for its weight stays whole; which prompts of the others stay is decided by a hash of
-    the seed and the prompt, so it does not depend on the order of rows.
-    """
-    weighted = [source for source in sources if source.weight is not None]
-    scale = min((Fraction(len(train[source.name])) / Fraction(source.weight or 1) for source in weighted), default=None)
-    kept = {name: list(prompts) for name, prompts in train.items()}
-    for source in weighted:
-        assert scale is not None and source.weight is not None
-        count = int(scale * Fraction(source.weight))
-        ranked = sorted(train[source.name], key=lambda prompt: _rank(source.split_seed, f"mixture:{prompt.prompt_id}"))
-        chosen = {prompt.prompt_id for prompt in ranked[:count]}
-        kept[source.name] = [prompt for prompt in train[source.name] if prompt.prompt_id in chosen]
-    return kept
-
-
-def _joined(by_source: Mapping[str, list[Prompt]]) -> list[Prompt]:
-    return [prompt for prompts in by_source.values() for prompt in prompts]
-
-
-def _totals(counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
-    """Sums over the sources, and each source beside them."""
-    keys = dict.fromkeys(key for of_source in counts.values() for key in of_source)
-    sums = {key: sum(of_source.get(key, 0) for of_source in counts.values()) for key in keys}
-    return {**sums, "sources": {name: dict(of_source) for name, of_source in counts.items()}}
-
-
-NOTED = {
-    "duplicates": "dropped {count} of {rows} rows: the same prompt had been read before",
-    "conflicting": "{count} of those duplicates have another reference answer than the first; look at the data",
-    "no_gold": "{count} prompts have no reference answer and cannot be verified",
-    "split_surplus": "dropped {count} prompts that share their numbers with held-out ones beyond the number asked for",
-    "kept_apart": "dropped {count} training prompts that share their group with held-out ones of another source",
-    "subsampled_away": "left out {count} prompts to keep the mixture's weights",
-}
-"""Decisions worth a line, by their count."""
-
-
-def _notes(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
-    notes = []
-    for name, of_source in counts.items():
-        for key, text in NOTED.items():
-            if of_source.get(key):
-                notes.append(f"{name}: " + text.format(count=of_source[key], rows=of_source["rows"]))
-        train = f"{of_source['train']} to train, " if "train" in of_source else ""
-        notes.append(f"{name}: {train}{of_source['heldout']} held out")
-    return notes
-
-
-def _digest(mixture: Mixture) -> str:
-    """Digest of all records; a verifier file counts by its content, not by where it lies."""
-    labels = {name: resolve(name).label for name in {prompt.verifier for prompt in mixture.train + mixture.heldout}}
-    return digest_json(
-        [
-            [{**prompt.model_dump(mode="json"), "verifier": labels[prompt.verifier]} for prompt in side]
-            for side in (mixture.train, mixture.heldout)
-        ]
-    )
+    @property
+    def hexdigest(self) -> str:
+        """The digest of both lists, once all is in."""
+        whole = self._hash.copy()
+        whole.update(b"]]")
+        return whole.hexdigest()

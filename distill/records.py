@@ -132,6 +132,8 @@ class Trace(Record):
     token_ids: tuple[int, ...] | None = None
     error: str | None = None
     """Why there is no answer; such a trace is a failure record and never trains."""
+    retryable: bool = False
+    """Of a failure: whether it may pass by itself (an outage), so that asking again makes sense."""
     timestamp: str = ""
 
     @property
@@ -142,7 +144,7 @@ class Trace(Record):
     @property
     def result(self) -> dict[str, Any]:
         """The fields that must be equal after a kill: all but timestamps, latency and cost."""
-        return self.model_dump(mode="json", exclude={"timestamp", "latency_s", "cost_usd", "attempt"})
+        return self.model_dump(mode="json", exclude={"timestamp", "latency_s", "cost_usd", "attempt", "retryable"})
 
 
 class Verdict(Record):
@@ -301,12 +303,17 @@ class RecordLog:
 
     def __init__(self, path: Path) -> None:
         self.repaired_bytes = repair_tail(path)
-        self._out = path.open("a", encoding="utf-8")
+        self._out = path.open("ab", buffering=0)
+        self.end = self._out.seek(0, os.SEEK_END)
+        """Offset at which the next line starts."""
 
     def append(self, *records: Record) -> None:
         """Write whole lines in one call to the operating system."""
-        self._out.write("".join(record.to_line() for record in records))
-        self._out.flush()
+        lines = "".join(record.to_line() for record in records).encode()
+        written = self._out.write(lines)
+        while written < len(lines):  # a disk that is nearly full takes a part
+            written += self._out.write(lines[written:])
+        self.end += len(lines)
 
     def sync(self) -> None:
         """Wait until the disk has the lines."""

@@ -19,6 +19,8 @@ from distill.runs import DigestCache
 
 LONGEST_CSV_FIELD = 1 << 28
 """Characters a CSV field may have; Python's default of 131,072 is shorter than many reasoning traces."""
+PARQUET_BUFFER = 1 << 20
+"""Bytes of a Parquet column that are read at once."""
 
 
 class Row(NamedTuple):
@@ -32,7 +34,8 @@ def read_rows(path: Path, records_path: str | None = None) -> Iterator[Row]:
     """Stream the rows of a `.jsonl`, `.json`, `.csv` or `.parquet` file.
 
     `records_path` names the list inside a `.json` object (dots descend); without it the object's only list of rows is
-    taken. Raises DataError with file and line if the file is missing, empty, of another kind or damaged.
+    taken. Only a `.json` document is held in memory as a whole: save millions of rows as `.jsonl`. Raises DataError
+    with file and line if the file is missing, empty, of another kind or damaged.
     """
     check_file(path)
     rows = READERS[path.suffix.lower()](path, records_path)
@@ -98,7 +101,14 @@ def _read_json(path: Path, records_path: str | None) -> Iterator[Row]:
 
 def _parse(data: bytes, where: str) -> Any:
     try:
-        return json.loads(data)
+        value = json.loads(data)
+        if b"\\ud" in data or b"\\uD" in data:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: half of a surrogate pair (an escape \\ud800 to \\udfff) is no text; remove it"
+        ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
     except json.JSONDecodeError as error:
@@ -181,7 +191,8 @@ def _read_parquet(path: Path, records_path: str | None) -> Iterator[Row]:
         raise MissingExtraError("pyarrow", "train") from error
     try:
         number = 0
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # by default the compressed columns of a whole row group, often of the whole file, are read ahead
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=PARQUET_BUFFER) as file:
             for batch in file.iter_batches(batch_size=1024):
                 for values in batch.to_pylist():
                     number += 1

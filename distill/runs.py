@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from distill.errors import RunError, storage_errors
+from distill.errors import LockedError, RecipeError, RunError, storage_errors
 from distill.records import write_json
 
 STAGE_FILE = "stage.json"
@@ -29,6 +29,29 @@ LOCK_FILE = ".lock"
 PARTIAL = ".part"
 WORK_FOLDER = "work"
 """Folder inside a run for what a resume needs and a sealed run does not (checkpoints, unfinished variants)."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `of` parts of the prompts, counted from 1; a prompt belongs to a part by its id alone."""
+
+    index: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.of}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """Read `2/4`. Raises RecipeError for anything else."""
+        index, slash, of = text.partition("/")
+        if not (slash and index.isdigit() and of.isdigit() and 1 <= int(index) <= int(of)):
+            raise RecipeError(f"--shard {text!r}: write it as i/N with i from 1 to N, such as 1/4")
+        return cls(int(index), int(of))
+
+    def has(self, prompt_id: str) -> bool:
+        """Whether a prompt belongs to this part."""
+        return int(prompt_id[:8], 16) % self.of == self.index - 1
 
 
 @dataclass(frozen=True)
@@ -43,6 +66,12 @@ class RunOptions:
     quiet: bool = False
     require: bool = False
     """Count a gate that could not run as failed."""
+    accept_partial: bool = False
+    """Seal the traces that are there and ask for none: a budget was reached, or some requests keep failing."""
+    ask: bool = True
+    """Whether the teacher may be asked; without, a stage is only put together from what the ledger has."""
+    shard: "Shard | None" = None
+    """The part of the prompts that this process answers."""
 
     @property
     def cpu_threads(self) -> int:
@@ -285,15 +314,18 @@ def open_run(step: Step, options: RunOptions) -> Iterator[OpenRun]:
 
 
 @contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
-    """Hold an exclusive lock on a folder; the operating system frees it when the process ends, however it ends."""
+def locked(folder: Path, what: str, shared: bool = False) -> Iterator[None]:
+    """Hold a lock on a folder, exclusive or shared; the system frees it when the process ends, however it ends.
+
+    Raises LockedError, naming who holds it, if it cannot be had now.
+    """
     with (folder / LOCK_FILE).open("a+") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
             owner = lock.read().strip() or "another process"
-            raise RunError(f"{folder}: {what} by {owner}; wait for it or stop it, then run again") from None
+            raise LockedError(f"{folder}: {what} by {owner}; wait for it or stop it, then run again") from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()}")
         lock.flush()

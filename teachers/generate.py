@@ -1,38 +1,38 @@
 """The generate stage: every training prompt is answered as often as the recipe wants, and no answer is bought twice.
 
-Owed work is what the recipe wants less what the ledger has, so a run can be killed at any byte, grow its prompts or
-raise n, and asks only for what is missing. Each request is journalled before it is sent and each answer appended when
-it comes. The run itself is a view of the ledger in prompt order: `traces.jsonl` for answers, `failed.jsonl` for
-requests that got none.
+Owed work is what the recipe wants less what the ledgers have, so a run can be killed at any byte, grow its prompts or
+raise n, and asks only for what is missing. The run itself is a view of the ledgers in prompt order: `traces.jsonl` for
+answers, `failed.jsonl` for requests that got none, `verdicts.jsonl` for verdicts that were made beside generation and
+took a process of their own.
 """
 
-import asyncio
 import hashlib
 import importlib
 import json
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import aclosing, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill.config import Recipe, TeacherConfig
-from distill.engines import ENGINES, Completion, Engine, Request, open_engine, run_async, sample_seed, stream
-from distill.errors import BudgetError, DataError, EngineError
-from distill.interrupts import Stop, graceful
-from distill.progress import Bar, progress, say
-from distill.records import Prompt, Teacher, Trace, digest_json, read_records, write_records
+from distill.engines import ENGINES, Engine, Probing, Stateful, open_engine, run_async
+from distill.errors import BudgetError, DataError, EngineError, IncompleteError
+from distill.interrupts import graceful
+from distill.prices import listed_prices
+from distill.progress import progress, say
+from distill.records import Prompt, Trace, Verdict, write_records
 from distill.runs import OpenRun, RunOptions, SealedRun, Step, open_run
+from distill.verifiers import VerifierSpec, resolve
+from distill.verifiers.pool import VerifierPool
 
-from .budget import Purse, cost_usd, spent_before
-from .ledger import Key, Ledger, cfg_of, now, open_ledger, sent_to_teacher
-
-ALARM_AFTER = 20
-"""Requests after which an error that most of them share is said aloud."""
-STOP_POLL_S = 0.2
-"""How soon a request to stop is acknowledged while answers are awaited."""
+from .budget import Purse, spent_before
+from .collection import Collection, Judging
+from .judging import Judges, open_judges
+from .ledger import FOLDER, Key, Ledger, cfg_of, open_for_reading, open_ledger, samplings, sent_to_teacher
+from .sampling import Course, Ladder, Rung, Wanted, policy_of, replay, request_of
 
 
 def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
@@ -43,260 +43,370 @@ def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
     teacher = _teacher(recipe)
     module = importlib.import_module(ENGINES[teacher.engine].partition(":")[0])
     check = getattr(module, "preflight", None)
-    if check is not None:
+    if check is not None and options.ask:
         check(teacher, recipe.format, options)
 
 
 def run(recipe: Recipe, step: Step, options: RunOptions) -> SealedRun:
-    """Ask for what the ledger lacks, then write and seal this run's view of it.
+    """Ask for what the ledgers lack, then write and seal this run's view of them.
 
-    Raises EngineError where no request can succeed, BudgetError once a budget is reached, Interrupted after a signal;
-    every answer that has come is kept in all three cases, and the same command goes on from there.
+    Raises EngineError where no request can succeed, BudgetError once a budget is reached, IncompleteError if requests
+    failed that may succeed later, Interrupted after a signal; every answer that has come is kept in all of these cases,
+    and the same command goes on from there.
     """
-    teacher = _teacher(recipe)
-    wanted = Wanted(step.result("prompts").path("train.jsonl"), teacher)
-    engine = open_engine(teacher, recipe.format, options)
-    sent = sent_to_teacher(teacher, recipe.format, step.fields.get("roots", {}), engine.version)
-    with open_run(step, options) as opened, open_ledger(options.runs, sent) as ledger:
-        purse = Purse(teacher.budget, ledger, spent_before(opened.work / "before.json", ledger))
-        owed = survey(wanted, ledger)
-        _say_owed(step.label, owed, ledger)
-        with progress(step.label, owed.samples, options, "traces", owed.reused) as bar, graceful() as stop:
-            collection = Collection(engine, teacher, cfg_of(sent), wanted, ledger, purse, bar, stop)
-            run_async(collection.run())
-        _stop_at_budget(step.label, owed, collection, purse)
-        return seal(opened, wanted, ledger, {**owed.counts, "asked": collection.asked, **_spent(purse)})
+    with open_run(step, options) as opened, open_work(recipe, step, options) as work:
+        owed = work.survey()
+        work.collect(owed, opened.work / "before.json")
+        work.write_failures(opened.path("failed.jsonl"))
+        if not options.accept_partial:
+            work.refuse_incomplete(owed)
+        return work.seal(opened, owed)
+
+
+def run_shard(recipe: Recipe, step: Step, options: RunOptions) -> dict[str, Any]:
+    """Ask for what the ledgers lack of one shard; nothing is sealed. Returns counts. Raises as `run` does."""
+    with open_work(recipe, step, options) as work:
+        owed = work.survey()
+        own = work.ladder.rungs[0].ledger.folder
+        work.collect(owed, own / f"before-{step.identity}.json")
+        work.refuse_incomplete(owed)
+        return {"shard": str(options.shard), **owed.counts, "asked": work.collection.progress.asked}
+
+
+def take_over(recipe: Recipe, step: Step, options: RunOptions, others: Sequence[Path]) -> int:
+    """Copy what other run stores' ledgers have for this step beyond our own; returns how many answers came.
+
+    Raises DataError for a store that has nothing of it.
+    """
+    came = 0
+    with open_work(recipe, step, options) as work:
+        for store in others:
+            found = [store / FOLDER / cfg for cfg in work.ledgers]
+            if not any(folder.is_dir() for folder in found):
+                raise DataError(
+                    f"{store}: no answers to this recipe's teacher in it (looked for {found[0]}); give the run store"
+                    " (the folder of --runs) of a run with the same teacher, sampling and format"
+                )
+            for cfg, ledger in work.ledgers.items():
+                if not (store / FOLDER / cfg).is_dir():
+                    continue
+                came += _copied(store / FOLDER / cfg, ledger)
+    return came
+
+
+def _copied(folder: Path, ledger: Ledger) -> int:
+    with tempfile.TemporaryDirectory() as scratch:
+        other = open_for_reading(folder, Path(scratch), ledger.removed)
+        try:
+            return ledger.take_over(other)
+        finally:
+            other.close()
 
 
 def _teacher(recipe: Recipe) -> TeacherConfig:
-    assert recipe.teacher is not None  # a plan without a teacher has no generate step
-    return recipe.teacher
+    """The teacher; where the recipe gives no prices, with those of the dated list."""
+    teacher = recipe.teacher
+    assert teacher is not None  # a plan without a teacher has no generate step
+    if teacher.prices is None and (prices := teacher.prices_at(teacher.servers[0])):
+        return teacher.model_copy(update={"prices": prices})
+    return teacher
 
 
-# --- what is wanted and what is owed --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Every sample the recipe asks for, by prompt and then by sample index, streamed from the prompts' file."""
-
-    prompts: Path
-    teacher: TeacherConfig
-
-    def __iter__(self) -> Iterator[Request]:
-        sampling = self.teacher.sampling
-        for prompt in read_records(self.prompts, Prompt):
-            for sample in range(sampling.n):
-                seed = sample_seed(sampling.seed, prompt.prompt_id, sample)
-                yield Request(prompt, sample, sampling, seed, self.teacher.system)
+# --- what is owed ---------------------------------------------------------------------------------------------------
 
 
 class Owed(NamedTuple):
-    """What there is to do."""
+    """What there is to do, as far as it is known before verdicts."""
 
+    prompts: int
     samples: int
+    """Samples at most."""
     reused: int
     possibly_paid: int
+    longest: Prompt | None
 
     @property
     def counts(self) -> dict[str, int]:
         """For the seal."""
-        return {"samples": self.samples, "reused": self.reused, "possibly_paid_twice": self.possibly_paid}
+        return {"prompts": self.prompts, "reused": self.reused, "possibly_paid_twice": self.possibly_paid}
 
 
-def survey(wanted: Iterable[Request], ledger: Ledger) -> Owed:
-    """Count what is wanted, what the ledger has of it, and what was in flight when an earlier run died.
+def survey(wanted: Wanted, ladder: Ladder, tries: int) -> Owed:
+    """Count what is wanted, what the ledgers have of it, and what was in flight when an earlier run died.
 
     Raises DataError if nothing is wanted.
     """
-    samples = reused = possibly_paid = 0
-    for request in wanted:
-        samples += 1
-        reused += ledger.answered(request.key)
-        possibly_paid += ledger.possibly_paid(request.key)
-    if samples == 0:
-        raise DataError("there are no training prompts to answer: every prompt was held out or dropped")
-    return Owed(samples, reused, possibly_paid)
+    prompts = reused = possibly_paid = length = 0
+    longest: Prompt | None = None
+    for prompt in wanted:
+        prompts += 1
+        for sample in range(tries):
+            key = (prompt.prompt_id, sample)
+            standing = ladder.standing(key)
+            reused += not standing.owed
+            possibly_paid += standing.owed and ladder.rungs[standing.rung].ledger.possibly_paid(key)
+        if (size := sum(len(message.content) for message in prompt.messages)) > length:
+            longest, length = prompt, size
+    if prompts == 0 and wanted.shard is None:
+        raise DataError("there are no training prompts to answer: every prompt was held out, dropped or removed")
+    return Owed(prompts, prompts * tries, reused, possibly_paid, longest)
 
 
-def _say_owed(label: str, owed: Owed, ledger: Ledger) -> None:
-    if owed.reused:
-        say(f"{label}: {owed.reused} of {owed.samples} answers are in the ledger already")
-    if owed.possibly_paid:
-        say(
-            f"{label}: asking again for {owed.possibly_paid} answers that were in flight when an earlier run stopped"
-            " (possibly paid twice)"
-        )
-    if ledger.damaged_lines:
-        say(f"{label}: {ledger.folder} has {ledger.damaged_lines} damaged lines; what they held counts as not answered")
+# --- the work -------------------------------------------------------------------------------------------------------
 
 
-# --- asking ---------------------------------------------------------------------------------------------------------
+class Work:
+    """Everything one attempt at the stage holds open; use `open_work`."""
 
+    def __init__(
+        self, recipe: Recipe, step: Step, options: RunOptions, engine: Engine, ladder: Ladder, judges: Judges
+    ) -> None:
+        self.label = step.label if options.shard is None else f"{step.label} {options.shard}"
+        self.recipe = recipe
+        self.options = options
+        self.teacher = _teacher(recipe)
+        self.policy = policy_of(self.teacher)
+        self.engine = engine
+        self.ladder = ladder
+        self.judges = judges
+        self.ledgers = {rung.cfg: rung.ledger for rung in ladder.rungs} | judges.ledgers
+        removed = ladder.rungs[0].ledger.removed
+        self.wanted = Wanted(step.result("prompts").path("train.jsonl"), options.shard, removed)
 
-class Sent(NamedTuple):
-    """A request in flight."""
+    @property
+    def adaptive(self) -> bool:
+        """Whether the number of samples depends on verdicts."""
+        return self.policy.tries > self.policy.correct
 
-    request: Request
-    attempt: int
+    def survey(self) -> Owed:
+        """What there is to do, said."""
+        owed = survey(self.wanted, self.ladder, self.policy.tries)
+        if owed.reused:
+            say(f"{self.label}: {owed.reused} of {owed.samples} answers are in the ledger already")
+        if owed.possibly_paid and self.options.ask:
+            say(
+                f"{self.label}: asking again for {owed.possibly_paid} answers that were in flight when an earlier run"
+                " stopped (possibly paid twice)"
+            )
+        if self.recipe.teacher != self.teacher:
+            server = self.teacher.servers[0]
+            listed = listed_prices(server.base_url, server.model or self.teacher.model)
+            assert listed is not None  # else there would be no difference
+            say(f"{self.label}: no prices in the recipe; taking those of {listed.as_of} ({listed.source})")
+        for ledger in self.ledgers.values():
+            if ledger.damaged_lines:
+                say(
+                    f"{self.label}: {ledger.folder} has {ledger.damaged_lines} damaged lines; what they held counts as"
+                    " not answered"
+                )
+        return owed
 
+    def collect(self, owed: Owed, before: Path) -> None:
+        """Ask until nothing is owed, a budget is reached or a signal comes."""
+        total = owed.prompts if self.adaptive else owed.samples
+        done = 0 if self.adaptive else owed.reused
+        unit = "prompts" if self.adaptive else "traces"
+        specs = specs_of(self.recipe)
+        with (
+            VerifierPool(self.options.cpu_threads, by_source=specs, judging=self.judges.verdict) as pool,
+            progress(self.label, total, self.options, unit, done) as bar,
+            graceful() as stop,
+        ):
+            share = self.options.shard.of if self.options.shard else 1
+            self.purse = Purse(
+                self.teacher.budget, self.ledgers, spent_before(before, self.ledgers), share, self.judges.ledgers
+            )
+            self.collection = Collection(
+                self.engine,
+                self.teacher,
+                self.policy,
+                self.ladder,
+                self.wanted,
+                self.purse,
+                bar,
+                stop,
+                Judging(pool.verify, lambda prompt: spec_of(prompt, specs)),
+                self.options.ask,
+            )
+            run_async(self._probe_and_collect(owed))
 
-@dataclass
-class Collection:
-    """One attempt at getting every wanted answer that the ledger lacks."""
-
-    engine: Engine
-    teacher: TeacherConfig
-    cfg: str
-    wanted: Iterable[Request]
-    ledger: Ledger
-    purse: Purse
-    bar: Bar
-    stop: Stop
-    asked: int = 0
-    failed: int = 0
-    finished: bool = False
-    """Whether everything owed has been asked for."""
-    _received: int = 0
-    _in_flight: dict[Key, Sent] = field(default_factory=dict)
-    _errors: Counter[str] = field(default_factory=Counter)
-
-    async def run(self) -> None:
-        """Ask until nothing is owed, the budget is reached or a signal comes; answers in flight are waited for."""
-        watcher = asyncio.create_task(self._acknowledge_stop())
+    async def _probe_and_collect(self, owed: Owed) -> None:
+        """Try the servers before the work, where there is any."""
+        wanted = self.options.ask and self.teacher.probe and owed.reused < owed.samples
+        if wanted and isinstance(self.engine, Probing) and owed.longest is not None:
+            probe = await self.engine.probe(request_of(owed.longest, 0, self.ladder.rungs[-1].sampling, self.teacher))
+            self.purse.pay_probe(probe.usage, self.teacher.prices)
+            for note in probe.notes:
+                say(f"{self.label}: {note}")
         try:
-            await (self._one_by_one() if self.engine.batch_size is None else self._in_batches(self.engine.batch_size))
+            await self.collection.run()
         finally:
-            watcher.cancel()
-            with suppress(asyncio.CancelledError):
-                await watcher
-            await self.engine.close()
+            await self.judges.close()
 
-    async def _one_by_one(self) -> None:
-        """Independent requests, pulled by the engine as it has room.
+    # --- what is missing ---
 
-        Near the limit of a budget the pull ends while others are in flight; once they are in, it is known what they
-        cost, and another round takes what still fits.
-        """
-        owed = (request for request in self.wanted if not self.ledger.answered(request.key))
-        while not (self.finished or self.stop.requested or self.purse.reached()):
-            await self._receive(self._pull(owed))
+    def refuse_incomplete(self, owed: Owed) -> None:
+        """Raise BudgetError or IncompleteError if wanted answers are missing that may still come."""
+        made = self.collection.progress
+        if not self.collection.finished:
+            self._stop_at_budget(owed)
+        if not self.options.ask and (missing := self._missing()):
+            raise IncompleteError(
+                f"{self.label}: {missing:,} wanted samples have no answer in the ledger yet; generate them (all"
+                " shards), or go on with what is there: --accept-partial"
+            )
+        if made.retryable and made.retryable == made.failed and not made.answered and not owed.reused:
+            raise EngineError(f"{self.label}: every request failed, most often with: {_commonest(made.errors)}")
+        if made.retryable:
+            raise IncompleteError(
+                f"{self.label}: {made.retryable:,} requests failed for reasons that may pass, most often with:"
+                f" {_commonest(made.errors)}; all other answers are kept: run the same command to ask for these again,"
+                " list them with `distill inspect --failed`, or go on without them: --accept-partial"
+            )
 
-    def _pull(self, owed: Iterator[Request]) -> Iterator[Request]:
-        while not self.stop.requested and self.purse.fits(len(self._in_flight)):
-            request = next(owed, None)
-            if request is None:
-                self.finished = True
-                return
-            self._send(request)
-            yield request
+    def _missing(self) -> int:
+        return sum(
+            self.ladder.standing((course.prompt.prompt_id, sample)).owed
+            and not self._refused((course.prompt.prompt_id, sample))
+            for course in self._courses()
+            for sample in range(course.begun)
+        )
 
-    async def _in_batches(self, size: int) -> None:
-        """Batches cut from everything wanted, never from what is left, so that text is equal after a resume."""
-        wanted = iter(self.wanted)
-        while batch := list(islice(wanted, size)):
-            owed = [request for request in batch if not self.ledger.answered(request.key)]
-            if self.stop.requested or (owed and self.purse.reached(len(owed))):
-                return
-            for request in owed:
-                self._send(request)
-            if owed:
-                await self._receive(batch)
-        self.finished = True
+    def _refused(self, key: Key) -> bool:
+        ledger = self.ladder.rungs[self.ladder.standing(key).rung].ledger
+        return ledger.failed(key) and not ledger.retryable(key)
 
-    def _send(self, request: Request) -> None:
-        self._in_flight[request.key] = Sent(request, self.ledger.ask(request.key))
-        self.asked += 1
-
-    async def _receive(self, requests: Iterable[Request]) -> None:
-        async with aclosing(self.engine.generate(stream(requests))) as completions:  # type: ignore[type-var]
-            async for completion in completions:
-                self._keep(completion)
-        self._in_flight.clear()
-
-    def _keep(self, completion: Completion) -> None:
-        """Append an answer or a failure; a batch's members that were there already are let go."""
-        sent = self._in_flight.pop(completion.key, None)
-        if sent is None:
+    def _stop_at_budget(self, owed: Owed) -> None:
+        limit = self.purse.reached() or self.purse.reached(self.engine.batch_size or 1)
+        if limit is None:
             return
-        trace = trace_of(sent.request, sent.attempt, completion, self.teacher, self.engine, self.cfg)
-        self.ledger.add(trace)
-        if trace.error is not None:
-            self.failed += 1
-            self._errors[trace.error] += 1
-        self._received += 1
-        if self._received == ALARM_AFTER:
-            self._raise_alarm()
-        shown = {"failed": str(self.failed)} if self.failed else {}
-        self.bar.advance(1, tokens=trace.usage.output, **shown)
+        spent = self.purse.spent
+        left = owed.samples - owed.reused - self.collection.progress.asked
+        still = f"up to {left:,}" if self.adaptive else f"{left:,}"
+        raise BudgetError(
+            f"{self.label}: teacher.budget.{limit.key} of {limit.limit:g} is reached: this run has spent"
+            f" ${spent.usd:.4f} and {spent.output_tokens:,} output tokens on {spent.answers:,} answers, all kept;"
+            f" {still} of {owed.samples:,} samples are still owed; raise it and run the same command to continue, or"
+            " go on with what is there: --accept-partial"
+        )
 
-    def _raise_alarm(self) -> None:
-        """Say once what most of the first requests fail with."""
-        for error, count in self._errors.most_common(1):
-            if count > ALARM_AFTER / 2:
-                say(f"{count} of the first {ALARM_AFTER} requests failed: {error}")
+    # --- the view ---
 
-    async def _acknowledge_stop(self) -> None:
-        while not self.stop.requested:
-            await asyncio.sleep(STOP_POLL_S)
-        say(f"stopping: waiting for {len(self._in_flight)} requests in flight; a second signal drops them")
+    def _courses(self) -> Iterator[Course]:
+        """Each prompt with the samples that the view has of it."""
+        for prompt in self.wanted:
+            yield replay(prompt, self.policy, self.ladder, self.collection.correct)
+
+    def _keys(self) -> Iterator[Key]:
+        return ((course.prompt.prompt_id, sample) for course in self._courses() for sample in range(course.begun))
+
+    def traces(self) -> Iterator[Trace]:
+        """Every answer in the order of the prompts, cut-off ones before those that replaced them."""
+        return (trace for key in self._keys() for trace in self.ladder.traces(key))
+
+    def _failures(self) -> Iterator[Trace]:
+        if not any(ledger.any_failed for ledger in self.ledgers.values()):
+            return
+        for key in self._keys():
+            standing = self.ladder.standing(key)
+            ledger = self.ladder.rungs[standing.rung].ledger
+            if standing.owed and ledger.failed(key):
+                failure = ledger.get(key)
+                assert failure is not None  # it has failed
+                yield failure
+
+    def _verdicts(self) -> Iterator[Verdict]:
+        """What verifiers in processes of their own said beside generation."""
+        specs = specs_of(self.recipe)
+        if all(spec.light for spec in specs.values()):
+            return
+        for course in self._courses():
+            spec = spec_of(course.prompt, specs)
+            if spec.light:
+                continue
+            for sample in range(course.begun):
+                standing = self.ladder.standing((course.prompt.prompt_id, sample))
+                ledger = self.ladder.rungs[standing.rung].ledger
+                trace = None if standing.owed else ledger.get((course.prompt.prompt_id, sample))
+                verdict = trace and ledger.verdict(trace.trace_id, spec.label, course.prompt.gold)
+                if verdict:
+                    yield verdict
+
+    def write_failures(self, path: Path) -> None:
+        """List the requests without an answer, also for a run that is not sealed yet."""
+        write_records(path, self._failures())
+
+    def seal(self, run: OpenRun, owed: Owed) -> SealedRun:
+        """Write the view of everything wanted in prompt order and seal the run.
+
+        Raises EngineError if no sample at all has an answer, or if the engine left requests without any completion.
+        """
+        if forgotten := self._forgotten():
+            raise EngineError(
+                f"{self.label}: the engine gave neither answer nor error to {forgotten} requests; run again"
+            )
+        tally = Tally()
+        write_records(run.path("traces.jsonl"), (tally.answer(trace) for trace in self.traces()))
+        write_records(run.path("failed.jsonl"), (tally.failure(trace) for trace in self._failures()))
+        write_records(run.path("verdicts.jsonl"), self._verdicts())
+        if not tally.answered:
+            raise EngineError(f"{self.label}: every request failed, most often with: {_commonest(tally.errors)}")
+        tally.say(self.label, run.folder)
+        counts = {**owed.counts, "samples": tally.answered + tally.failed - tally.climbed, **self._spent()}
+        if self.options.accept_partial:
+            counts["missing"] = self._missing()
+            say(f"{self.label}: sealed with {counts['missing']} wanted samples missing (--accept-partial)")
+        cfgs = [rung.cfg for rung in self.ladder.rungs]
+        return run.seal(tally.digest, counts | tally.counts, cfg=cfgs[0], cfgs=cfgs)
+
+    def _forgotten(self) -> int:
+        """Requests that were sent in this attempt and came back neither as an answer nor as an error."""
+        made = self.collection.progress
+        return made.asked - made.answered - made.failed
+
+    def _spent(self) -> dict[str, Any]:
+        """What this run itself has bought, as its budget counted it."""
+        tokens = {"spent_output_tokens": self.purse.spent.output_tokens} if self.purse.limits() else {}
+        made = {"asked": self.collection.progress.asked, "spent_usd": round(self.purse.spent.usd, 6), **tokens}
+        return made | ({"satisfied": self._satisfied()} if self.adaptive else {})
+
+    def _satisfied(self) -> int:
+        return sum(course.correct >= self.policy.correct for course in self._courses())
 
 
-def trace_of(
-    request: Request, attempt: int, completion: Completion, teacher: TeacherConfig, engine: Engine, cfg: str
-) -> Trace:
-    """The record of one completion."""
-    sampling = request.sampling.model_dump(mode="json", exclude={"n", "seed"}, exclude_none=True)
-    content = completion.raw if completion.error is None else completion.error
-    return Trace(
-        trace_id=digest_json([cfg, *request.key, content])[:16],
-        prompt_id=request.prompt.prompt_id,
-        cfg=cfg,
-        sample=request.sample,
-        attempt=attempt,
-        reasoning=completion.reasoning,
-        answer=completion.answer,
-        raw=completion.raw,
-        think=completion.think,
-        finish_reason="error" if completion.error is not None else completion.finish_reason,
-        usage=completion.usage,
-        cost_usd=cost_usd(teacher, completion.usage, completion.raw),
-        latency_s=round(completion.latency_s, 6),
-        teacher=Teacher(
-            engine=engine.name,
-            engine_version=engine.version,
-            model=completion.model or teacher.model,
-            revision=completion.revision or teacher.revision,
-            licence=teacher.licence,
-        ),
-        sampling={**sampling, "seed": request.seed},
-        token_ids=completion.token_ids,
-        error=completion.error,
-        timestamp=now(),
-    )
+@contextmanager
+def open_work(recipe: Recipe, step: Step, options: RunOptions) -> Iterator[Work]:
+    """Hold the ledgers of every token limit, and the engine."""
+    teacher = _teacher(recipe)
+    engine = open_engine(teacher, recipe.format, options)
+    roots = step.fields.get("roots", {})
+    with ExitStack() as held:
+        rungs = []
+        for sampling in samplings(teacher):
+            sent = sent_to_teacher(teacher, recipe.format, roots, engine.version, sampling)
+            ledger = held.enter_context(open_ledger(options.runs, sent, options.shard))
+            rungs.append(Rung(sampling, cfg_of(sent), ledger))
+        if isinstance(engine, Stateful):
+            engine.keep_state_in(rungs[0].ledger.folder)
+        judges = held.enter_context(open_judges(specs_of(recipe).values(), recipe.format, options))
+        yield Work(recipe, step, options, engine, Ladder(tuple(rungs)), judges)
 
 
-def _stop_at_budget(label: str, owed: Owed, collection: Collection, purse: Purse) -> None:
-    """Raise BudgetError if a limit kept owed requests from being sent."""
-    left = owed.samples - owed.reused - collection.asked
-    limit = purse.reached() or purse.reached(collection.engine.batch_size or 1)
-    if left == 0 or limit is None:
-        return
-    spent = purse.spent
-    raise BudgetError(
-        f"{label}: teacher.budget.{limit.key} of {limit.limit:g} is reached: this run has spent ${spent.usd:.4f} and"
-        f" {spent.output_tokens:,} output tokens on {spent.answers:,} answers, all kept; {left:,} of"
-        f" {owed.samples:,} samples are still owed; raise it and run the same command to continue"
-    )
+def specs_of(recipe: Recipe) -> dict[str, VerifierSpec]:
+    """The verifier of each prompt source, as the recipe has it now."""
+    return {source.name: resolve(source.verifier) for source in recipe.prompts}
 
 
-def _spent(purse: Purse) -> dict[str, Any]:
-    """What this run itself has bought, as its budget counted it."""
-    tokens = {"spent_output_tokens": purse.spent.output_tokens} if purse.limits() else {}
-    return {"spent_usd": round(purse.spent.usd, 6), **tokens}
+def spec_of(prompt: Prompt, by_source: Mapping[str, VerifierSpec]) -> VerifierSpec:
+    """The verifier of a prompt, as the recipe has it now."""
+    return by_source.get(prompt.source) or resolve(prompt.verifier)
 
 
-# --- the run's view of the ledger -----------------------------------------------------------------------------------
+def _commonest(errors: Counter[str]) -> str:
+    return errors.most_common(1)[0][0] if errors else "no error at all"
+
+
+# --- counts and digest ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -304,6 +414,8 @@ class Tally:
     """Counts and the result digest of a view while it is written."""
 
     answered: int = 0
+    climbed: int = 0
+    """Answers that were cut off and asked again with a higher limit."""
     failed: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
@@ -314,12 +426,16 @@ class Tally:
     think: Counter[str] = field(default_factory=Counter)
     finish: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
+    _last: tuple[str, int] | None = None
 
     def __post_init__(self) -> None:
         self._hash = hashlib.sha256()
 
     def answer(self, trace: Trace) -> Trace:
         """Count an answer and pass it on."""
+        key = (trace.prompt_id, trace.sample)
+        self.climbed += key == self._last
+        self._last = key
         self.answered += 1
         self.input_tokens += trace.usage.input
         self.output_tokens += trace.usage.output
@@ -354,53 +470,22 @@ class Tally:
         )  # fmt: skip
         return {
             **{name: getattr(self, name) for name in numbers},
+            **({"escalated": self.climbed} if self.climbed else {}),
             "usd": round(self.usd, 6),
             "think": dict(sorted(self.think.items())),
             "finish_reasons": dict(sorted(self.finish.items())),
         }
 
-
-def seal(run: OpenRun, wanted: Wanted, ledger: Ledger, counts: dict[str, Any]) -> SealedRun:
-    """Write the view of everything wanted in prompt order and seal the run.
-
-    Raises EngineError if no sample at all has an answer, or if the engine left requests without any completion.
-    """
-    label = run.step.label
-    missing = sum(not (ledger.answered(r.key) or ledger.failed(r.key)) for r in wanted)
-    if missing:
-        raise EngineError(f"{label}: the engine gave neither answer nor error to {missing} requests; run again")
-    if not any(ledger.answered(request.key) for request in wanted):
-        raise EngineError(f"{label}: every request failed, most often with: {_commonest_error(wanted, ledger)}")
-    tally = Tally()
-    answers = (tally.answer(trace) for trace in _traces(wanted, ledger, failed=False))
-    write_records(run.path("traces.jsonl"), answers)
-    failures = (tally.failure(trace) for trace in _traces(wanted, ledger, failed=True))
-    write_records(run.path("failed.jsonl"), failures)
-    _say_result(label, tally, run.folder)
-    prompts = counts["samples"] // wanted.teacher.sampling.n
-    return run.seal(tally.digest, {"prompts": prompts, **counts, **tally.counts}, cfg=ledger.folder.name)
-
-
-def _traces(wanted: Wanted, ledger: Ledger, failed: bool) -> Iterator[Trace]:
-    for request in wanted:
-        if ledger.failed(request.key) == failed:
-            trace = ledger.get(request.key)
-            assert trace is not None  # nothing is missing
-            yield trace
-
-
-def _commonest_error(wanted: Wanted, ledger: Ledger) -> str:
-    errors = Counter(str(trace.error) for trace in _traces(wanted, ledger, failed=True))
-    return errors.most_common(1)[0][0]
-
-
-def _say_result(label: str, tally: Tally, folder: Path) -> None:
-    total = tally.answered + tally.failed
-    if tally.failed:
-        error = tally.errors.most_common(1)[0][0]
-        say(f"{label}: {tally.failed} of {total} requests failed ({folder / 'failed.jsonl'}), most often with: {error}")
-    if tally.reasoning_lost:
-        say(
-            f"{label}: {tally.reasoning_lost} of {total} answers were billed for reasoning that the server did not"
-            " send; choose an endpoint that returns it (reasoning_content, reasoning or tags)"
-        )
+    def say(self, label: str, folder: Path) -> None:
+        """What a person should know before the traces are used."""
+        total = self.answered + self.failed
+        if self.failed:
+            say(
+                f"{label}: {self.failed} of {total} requests failed ({folder / 'failed.jsonl'}), most often with:"
+                f" {_commonest(self.errors)}"
+            )
+        if self.reasoning_lost:
+            say(
+                f"{label}: {self.reasoning_lost} of {total} answers were billed for reasoning that the server did not"
+                " send; choose an endpoint that returns it (reasoning_content, reasoning or tags)"
+            )

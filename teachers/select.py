@@ -1,83 +1,44 @@
 """The select stage: every trace is verified, flagged where something is off with it, and kept or dropped for a reason.
 
 Nothing is deleted: traces stay in the generate run, and beside the chosen `examples.jsonl` lie `verdicts.jsonl`,
-`flags.jsonl`, `dropped.jsonl` (one reason a trace, the first that applies) and `funnel.json`. Prompts of named
-evaluation sets never pass.
+`flags.jsonl`, `dropped.jsonl` (one reason a trace, the first that applies), `funnel.json`, and, where pyarrow is
+installed, `dataset/` to load and to publish. Prompts of named evaluation sets never pass.
+
+Verdicts that lie beside the traces already are taken over where trace, verifier, its version and the reference are the
+same; `distill.teachers.reverify` makes all of them again. Traces are read three times and never held: to verify them,
+to decide on each, and to write what was decided, since caps by source need the whole to be known.
 """
 
-import hashlib
-import json
+import asyncio
 import os
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from distill.config import Recipe, Select
+from distill.engines import run_async
 from distill.engines.recorded import NO_TRACE
 from distill.errors import DataError
 from distill.progress import progress, say
-from distill.records import (
-    Example,
-    Flag,
-    Message,
-    Prompt,
-    Record,
-    RecordLog,
-    Trace,
-    Verdict,
-    read_records,
-    write_json,
-    write_records,
-)
+from distill.records import Flag, Message, Prompt, Record, Trace, Verdict, read_records, write_json
 from distill.runs import PARTIAL, OpenRun, RunOptions, SealedRun, Step, open_run
-from distill.verifiers import resolve
+from distill.verifiers import VerifierSpec, resolve
 from distill.verifiers.pool import VerifierPool, check_verifier
 
-REASONS = {
-    "api-error": "the request failed",
-    "no-trace": "no answer was recorded for the prompt",
-    "truncated": "cut off at the token limit",
-    "unclosed": "the reasoning was never closed",
-    "absent": "no reasoning",
-    "empty": "empty reasoning",
-    "multiple": "more than one block of reasoning",
-    "too-long": "longer than select.max_chars",
-    "contaminated-by": "the prompt is part of an evaluation set",
-    "duplicate-of": "same text as an earlier answer to the prompt",
-    "wrong": "answer did not match the reference",
-    "unverifiable": "answer could not be compared with the reference",
-    "timeout": "the verifier ran out of time",
-    "error": "the verifier failed",
-    "correct": "answer is right, which select.outcomes leaves out",
-    "not-chosen": "another answer to the prompt was chosen",
-    "limit": "beyond select.limit",
-}
-"""Why a trace does not train, in the order in which reasons are looked for: the funnel."""
+from .assess import Assessor, Judged, beyond_caps, made_from_template
+from .card import Facts, card
+from .decontamination import Decontaminator
+from .funnel import Funnel
+from .judging import Judges, open_judges
+from .training_set import MISSING, TrainingSet
 
-ADVICE = {
-    "api-error": "read failed.jsonl of the generate run, mend the teacher and generate again",
-    "no-trace": "check teacher.recorded.question_column: its texts must be the prompts' own questions",
-    "truncated": "raise teacher.sampling.max_new_tokens",
-    "unclosed": "raise teacher.sampling.max_new_tokens, or check format.open_marker and format.close_marker",
-    "absent": "check that the endpoint returns reasoning and that format has its markers, or set select.reasoning=none",
-    "empty": "set select.reasoning=none to train on answers alone",
-    "wrong": "look at some (`distill inspect --wrong`): the gold rule or the verifier may not fit the answers",
-    "unverifiable": "check the prompts' gold column, gold rule and verifier",
-    "too-long": "raise select.max_chars",
-    "contaminated-by": "the training prompts are those of an evaluation set; take other ones",
-}
-"""What helps where one reason leaves nothing to train on."""
-
-THINK_STATES = {
-    "required": {"closed"},
-    "optional": {"closed", "absent"},
-    "none": {"closed", "absent", "empty", "multiple"},
-}
-"""States of the reasoning that each `select.reasoning` lets through; an unclosed one has no answer behind it."""
+AT_ONCE = 128
+"""Traces that are verified side by side."""
 
 
 class Dropped(Record):
@@ -86,6 +47,13 @@ class Dropped(Record):
     trace_id: str
     prompt_id: str
     reason: str
+
+
+class Fate(Record):
+    """What was decided on a trace before caps and limit; None where it is chosen."""
+
+    trace_id: str
+    reason: str | None
 
 
 def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
@@ -99,22 +67,15 @@ def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
 
 
 def run(recipe: Recipe, step: Step, options: RunOptions) -> SealedRun:
-    """Verify every trace, drop what must not train, choose examples, write the funnel, seal.
+    """Verify every trace, drop what must not train, choose examples, write funnel and data set, seal.
 
     Raises DataError, with the funnel, if nothing is left to train on.
     """
-    traces, prompts = step.result("traces"), step.result("prompts")
-    inputs = Inputs(traces.path("traces.jsonl"), traces.path("failed.jsonl"), prompts.path("train.jsonl"))
-    kept_apart = prompts_of_sets(step)
-    specs = {source.name: resolve(source.verifier) for source in recipe.prompts}
+    inputs = Inputs.of(step)
     with open_run(step, options) as opened:
-        with VerifierPool(options.cpu_threads, by_source=specs) as pool:
-            verify(pool, inputs, opened.path("verdicts.jsonl"), int(traces.counts["answered"]), step.label, options)
-        funnel = select(recipe.select, inputs, kept_apart, opened)
-        funnel.say(step.label)
-        if funnel.examples == 0:
-            raise DataError(funnel.nothing_left(step.label))
-        return opened.seal(funnel.digest, funnel.counts)
+        verdicts = opened.path("verdicts.jsonl")
+        verify(recipe, step, options, verdicts, stored=[inputs.verdicts, verdicts])
+        return decide(recipe, step, opened)
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------
@@ -125,7 +86,20 @@ class Inputs(NamedTuple):
 
     traces: Path
     failed: Path
+    verdicts: Path
+    """Verdicts made while the traces were; the file may be absent."""
     prompts: Path
+    heldout: Path
+    answered: int
+
+    @classmethod
+    def of(cls, step: Step) -> "Inputs":
+        """Those of a step, their bytes checked."""
+        traces, prompts = step.result("traces"), step.result("prompts")
+        return cls(
+            traces.path("traces.jsonl"), traces.path("failed.jsonl"), traces.path("verdicts.jsonl"),
+            prompts.path("train.jsonl"), prompts.path("heldout.jsonl"), int(traces.counts["answered"]),
+        )  # fmt: skip
 
     def pairs(self) -> Iterator[tuple[Prompt, Trace]]:
         """Each trace with its prompt; both files are in prompt order, so neither is held in memory."""
@@ -138,250 +112,241 @@ class Inputs(NamedTuple):
                     raise DataError(f"{self.traces}: trace {trace.trace_id} has no prompt, in order, in {self.prompts}")
             yield prompt, trace
 
+    def judged(self, verdicts: Path) -> Iterator[Judged]:
+        """Each trace with its prompt and its verdict."""
+        pairs = zip(self.pairs(), read_records(verdicts, Verdict), strict=True)
+        return (Judged(prompt, trace, verdict) for (prompt, trace), verdict in pairs)
 
-def prompts_of_sets(step: Step) -> dict[str, str]:
-    """The prompt_ids of every evaluation set, and which set each belongs to: the recipe's own held-out prompts too."""
+
+def prompts_of_sets(step: Step) -> Iterator[tuple[str, Prompt]]:
+    """Every prompt of every evaluation set, with the set's name: the recipe's own held-out prompts too."""
     files = {"heldout": step.result("prompts").path("heldout.jsonl")}
     for role in step.upstream:
         if role.startswith("set:"):
             files[role.removeprefix("set:")] = step.result(role).path("heldout.jsonl")
-    return {
-        prompt.prompt_id: name for name, file in files.items() if file.exists() for prompt in read_records(file, Prompt)
-    }
+    for name, file in files.items():
+        for prompt in read_records(file, Prompt) if file.exists() else ():
+            yield name, prompt
 
 
-def verify(pool: VerifierPool, inputs: Inputs, out: Path, total: int, label: str, options: RunOptions) -> None:
-    """Write one verdict for each trace, in the order of the traces."""
-    with progress(f"{label}: verify", total, options, "traces") as bar:
-
-        def verdicts() -> Iterator[Verdict]:
-            for verdict in pool.verify_many(inputs.pairs()):
-                bar.advance()
-                yield verdict
-
-        write_records(out, verdicts())
-
-
-# --- flags and reasons ----------------------------------------------------------------------------------------------
-
-
-class Judged(NamedTuple):
-    """A trace with what is known about it."""
-
-    prompt: Prompt
-    trace: Trace
-    verdict: Verdict
-    flags: tuple[Flag, ...] = ()
-
-    def reason(self, config: Select) -> str | None:
-        """The first reason not to train on it."""
-        flagged = {flag.flag for flag in self.flags}
-        first = next((reason for reason in REASONS if reason in flagged), None)
-        if first is None and self.verdict.outcome not in config.outcomes:
-            return self.verdict.outcome
-        return first
-
-    def example(self, config: Select) -> Example:
-        """What trains."""
-        reasoning = None if config.reasoning == "none" or self.trace.think == "absent" else self.trace.reasoning
-        return Example(prompt=self.prompt, trace_id=self.trace.trace_id, reasoning=reasoning, answer=self.trace.answer)
-
-    def chars(self, config: Select) -> int:
-        """Length of what trains."""
-        example = self.example(config)
-        return len(example.reasoning or "") + len(example.answer)
-
-
-def flagged(judged: Judged, config: Select, kept_apart: Mapping[str, str]) -> Judged:
-    """The same with a flag for everything that speaks against it, but duplicates."""
-    trace = judged.trace
-    flags: list[tuple[str, str]] = []
-    if trace.finish_reason == "length":
-        flags.append(("truncated", f"after {trace.usage.output} tokens"))
-    if trace.think not in THINK_STATES[config.reasoning]:
-        flags.append((trace.think, f"select.reasoning is {config.reasoning}"))
-    if config.max_chars is not None and judged.chars(config) > config.max_chars:
-        flags.append(("too-long", f"{judged.chars(config)} characters"))
-    if trace.prompt_id in kept_apart:
-        flags.append(("contaminated-by", kept_apart[trace.prompt_id]))
-    return judged._replace(flags=tuple(Flag(trace_id=trace.trace_id, flag=f, detail=d) for f, d in flags))
-
-
-def without_duplicates(group: Iterable[Judged]) -> Iterator[Judged]:
-    """The traces of one prompt; one whose text an earlier, unflagged trace has is flagged as its duplicate."""
-    seen: dict[tuple[str | None, str], str] = {}
-    for judged in group:
-        text, trace_id = (judged.trace.reasoning, judged.trace.answer), judged.trace.trace_id
-        if text in seen:
-            flag = Flag(trace_id=trace_id, flag="duplicate-of", detail=seen[text])
-            yield judged._replace(flags=(*judged.flags, flag))
-        else:
-            if not judged.flags:
-                seen[text] = trace_id
-            yield judged
-
-
-def chosen(fit: Sequence[Judged], config: Select) -> list[Judged]:
-    """Which of a prompt's fit traces train; ties go to the lower sample index."""
-    if config.per_prompt == "shortest":
-        return [min(fit, key=lambda judged: (judged.chars(config), judged.trace.sample))] if fit else []
-    return list(fit[:1] if config.per_prompt == "first" else fit)
-
-
-# --- the funnel -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Funnel:
-    """Counts of everything dropped, by reason, and the digest of what was decided."""
-
-    samples: int = 0
-    examples: int = 0
-    prompts: int = 0
-    """Prompts with at least one example."""
-    dropped: Counter[str] = field(default_factory=Counter)
-    flags: Counter[str] = field(default_factory=Counter)
-    outcomes: dict[str, Counter[str]] = field(default_factory=dict)
-    """Verdicts by prompt source."""
-
-    def __post_init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def note(self, *result: Any) -> None:
-        """Add to the digest."""
-        self._hash.update(json.dumps(result, sort_keys=True, ensure_ascii=False).encode() + b"\n")
-
-    @property
-    def digest(self) -> str:
-        """Over verdicts, reasons and examples."""
-        return self._hash.hexdigest()
-
-    @property
-    def steps(self) -> list[dict[str, Any]]:
-        """(reason, dropped, remaining), in order, of the reasons that dropped anything."""
-        steps, remaining = [], self.samples
-        for reason, why in REASONS.items():
-            if count := self.dropped[reason]:
-                remaining -= count
-                steps.append({"reason": reason, "why": why, "dropped": count, "remaining": remaining})
-        return steps
-
-    @property
-    def counts(self) -> dict[str, Any]:
-        """For the seal."""
-        outcomes = {source: dict(sorted(found.items())) for source, found in sorted(self.outcomes.items())}
-        return {
-            "samples": self.samples,
-            "examples": self.examples,
-            "prompts": self.prompts,
-            "dropped": self.dropped.total(),
-            "correct": sum(found["correct"] for found in self.outcomes.values()),
-            "funnel": self.steps,
-            "outcomes": outcomes,
-            "flags": dict(sorted(self.flags.items())),
-        }
-
-    def say(self, label: str) -> None:
-        """Every decision in one line."""
-        for step in self.steps:
-            say(f"{label}: dropped {step['dropped']} of {self.samples} traces: {step['why']}")
-        say(f"{label}: {self.examples} examples from {self.prompts} prompts")
-
-    def nothing_left(self, label: str) -> str:
-        """Why there is nothing to train on, and what helps."""
-        drops = "; ".join(f"{step['dropped']} {step['why']}" for step in self.steps)
-        reason = max(self.dropped, key=self.dropped.__getitem__, default="")
-        advice = ADVICE.get(reason, "look at dropped.jsonl and select")
-        return f"{label}: none of {self.samples} traces can train ({drops}); {advice}"
-
-
-@dataclass
-class Decisions:
-    """Writes what becomes of every trace, and counts it."""
-
-    config: Select
-    flags: RecordLog
-    dropped: RecordLog
-    examples: RecordLog
-    funnel: Funnel = field(default_factory=Funnel)
-
-    def fail(self, trace: Trace) -> None:
-        """A request that got no answer."""
-        reason = "no-trace" if trace.error == NO_TRACE else "api-error"
-        self.funnel.samples += 1
-        self._flag(Flag(trace_id=trace.trace_id, flag=reason, detail=str(trace.error)))
-        self._drop(trace, reason)
-
-    def decide(self, group: Sequence[Judged]) -> None:
-        """All answers to one prompt."""
-        for judged in group:
-            self._count(judged)
-        reasons = {judged.trace.trace_id: judged.reason(self.config) for judged in group}
-        fit = chosen([judged for judged in group if reasons[judged.trace.trace_id] is None], self.config)
-        kept = fit[: self._room(len(fit))]
-        for judged in kept:
-            self._keep(judged.example(self.config))
-        self.funnel.prompts += bool(kept)
-        left_out = {judged.trace.trace_id: "limit" for judged in fit[len(kept) :]}
-        kept_ids = {judged.trace.trace_id for judged in kept}
-        for trace in (judged.trace for judged in group if judged.trace.trace_id not in kept_ids):
-            self._drop(trace, reasons[trace.trace_id] or left_out.get(trace.trace_id, "not-chosen"))
-
-    def _room(self, wanted: int) -> int:
-        return wanted if self.config.limit is None else self.config.limit - self.funnel.examples
-
-    def _count(self, judged: Judged) -> None:
-        self.funnel.samples += 1
-        self.funnel.outcomes.setdefault(judged.prompt.source, Counter())[judged.verdict.outcome] += 1
-        self.funnel.note("verdict", judged.trace.trace_id, judged.verdict.verifier, judged.verdict.outcome)
-        self._flag(*judged.flags)
-
-    def _flag(self, *flags: Flag) -> None:
-        self.flags.append(*flags)
-        self.funnel.flags.update(flag.flag for flag in flags)
-
-    def _drop(self, trace: Trace, reason: str) -> None:
-        self.dropped.append(Dropped(trace_id=trace.trace_id, prompt_id=trace.prompt_id, reason=reason))
-        self.funnel.dropped[reason] += 1
-
-    def _keep(self, example: Example) -> None:
-        self.examples.append(example)
-        self.funnel.examples += 1
-        self.funnel.note("example", example.model_dump(mode="json"))
-
-
-def select(config: Select, inputs: Inputs, kept_apart: Mapping[str, str], run: OpenRun) -> Funnel:
-    """Flag, drop and choose, writing every decision; needs the run's verdicts."""
-    paths = [run.path(name) for name in ("flags.jsonl", "dropped.jsonl", "examples.jsonl")]
-    with written_aside(paths) as (flags, dropped, examples):
-        decisions = Decisions(config, flags, dropped, examples)
-        for trace in read_records(inputs.failed, Trace):
-            decisions.fail(trace)
-        for group in judged_by_prompt(config, inputs, kept_apart, run.path("verdicts.jsonl")):
-            decisions.decide(group)
-    write_json(run.path("funnel.json"), {"schema": 1, **decisions.funnel.counts})
-    return decisions.funnel
-
-
-def judged_by_prompt(
-    config: Select, inputs: Inputs, kept_apart: Mapping[str, str], verdicts: Path
-) -> Iterator[list[Judged]]:
-    """The flagged traces of one prompt after the other."""
-    judged = (
-        Judged(prompt, trace, verdict)
-        for (prompt, trace), verdict in zip(inputs.pairs(), read_records(verdicts, Verdict), strict=True)
-    )
-    for _, group in groupby(judged, key=lambda one: one.trace.prompt_id):
-        yield list(without_duplicates(flagged(one, config, kept_apart) for one in group))
+# --- verdicts -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def written_aside(paths: Sequence[Path]) -> Iterator[list[RecordLog]]:
-    """Logs that start empty and get their names only when all of them are whole."""
+def open_pool(recipe: Recipe, options: RunOptions) -> Iterator[tuple[VerifierPool, Judges]]:
+    """The verifiers of the recipe's sources, as they are now, and the judges among them."""
+    specs = specs_of(recipe)
+    with (
+        open_judges(specs.values(), recipe.format, options) as judges,
+        VerifierPool(options.cpu_threads, by_source=specs, judging=judges.verdict) as pool,
+    ):
+        yield pool, judges
+
+
+def specs_of(recipe: Recipe) -> dict[str, VerifierSpec]:
+    """The verifier of each prompt source."""
+    return {source.name: resolve(source.verifier) for source in recipe.prompts}
+
+
+def verify(recipe: Recipe, step: Step, options: RunOptions, out: Path, stored: Sequence[Path] = ()) -> None:
+    """Write one verdict for each trace, in the order of the traces, taking over those of `stored` that still hold."""
+    inputs = Inputs.of(step)
+    known = KnownVerdicts(specs_of(recipe), [StoredVerdicts(path) for path in stored])
+    with (
+        open_pool(recipe, options) as (pool, judges),
+        written_aside(out) as (lines,),
+        progress(f"{step.label}: verify", inputs.answered, options, "traces") as bar,
+    ):
+
+        async def verify_all() -> None:
+            try:
+                async for verdict in verdicts_of(inputs.pairs(), known, pool):
+                    lines.write(verdict.to_line())
+                    bar.advance()
+            finally:
+                await judges.close()
+
+        run_async(verify_all())
+    if known.reused:
+        say(f"{step.label}: took over {known.reused} of {inputs.answered} verdicts that were made before")
+
+
+async def verdicts_of(
+    pairs: Iterator[tuple[Prompt, Trace]], known: "KnownVerdicts", pool: VerifierPool
+) -> AsyncIterator[Verdict]:
+    """One verdict a pair, in order; the pool is asked for those that are not known."""
+    while together := list(islice(pairs, AT_ONCE)):
+        before = [known.of(prompt, trace) for prompt, trace in together]
+        asked = [pool.verify(*pair) for pair, verdict in zip(together, before) if verdict is None]
+        made = iter(await asyncio.gather(*asked))
+        for verdict in before:
+            yield next(made) if verdict is None else verdict
+
+
+class StoredVerdicts:
+    """A file of verdicts in the order of the traces, read along with them; it may be absent, or lack some."""
+
+    def __init__(self, path: Path) -> None:
+        self._verdicts = read_records(path, Verdict) if path.exists() else iter(())
+        self._next = next(self._verdicts, None)
+
+    def of(self, trace_id: str) -> Iterator[Verdict]:
+        """The trace's verdicts, if it is their turn."""
+        while self._next is not None and self._next.trace_id == trace_id:
+            verdict, self._next = self._next, next(self._verdicts, None)
+            yield verdict
+
+
+@dataclass
+class KnownVerdicts:
+    """Verdicts that were made before."""
+
+    specs: Mapping[str, VerifierSpec]
+    files: Sequence[StoredVerdicts]
+    reused: int = 0
+
+    def of(self, prompt: Prompt, trace: Trace) -> Verdict | None:
+        """What this verifier, in this version, said of the trace against this reference; None where it is not known.
+
+        A verifier that ran out of time or failed may fare better now, so that is not taken over.
+        """
+        label = (self.specs.get(prompt.source) or resolve(prompt.verifier)).label
+        found = [verdict for file in self.files for verdict in file.of(trace.trace_id)]
+        for verdict in found:
+            same = (verdict.verifier, verdict.gold) == (label, prompt.gold)
+            if same and verdict.outcome not in ("timeout", "error"):
+                self.reused += 1
+                return verdict
+        return None
+
+
+# --- decisions ------------------------------------------------------------------------------------------------------
+
+
+def decide(recipe: Recipe, step: Step, opened: OpenRun) -> SealedRun:
+    """Flag, drop and choose by the run's verdicts, writing every decision; then seal.
+
+    Raises DataError, with the funnel, if nothing is left to train on.
+    """
+    inputs, funnel, sets = Inputs.of(step), Funnel(), EvaluationSets.of(recipe.select, step)
+    left_out = assess(recipe.select, inputs, sets, opened, funnel)
+    folder = opened.work / "dataset"
+    shutil.rmtree(folder, ignore_errors=True)
+    with TrainingSet(folder, recipe.format) as training_set:
+        write_out(recipe.select, inputs, opened, left_out, funnel, training_set)
+    write_json(opened.path("funnel.json"), {"schema": 1, **funnel.counts})
+    funnel.say(step.label, recipe.select)
+    if funnel.examples == 0:
+        raise DataError(funnel.nothing_left(step.label))
+    facts = Facts(recipe, step, funnel, training_set.contents, training_set.files, sets.sizes)
+    dataset = publish(facts, folder, opened.path("dataset"), step.label)
+    return opened.seal(funnel.digest, {**funnel.counts, "dataset": dataset})
+
+
+class EvaluationSets(NamedTuple):
+    """The evaluation sets as far as selection asks for them."""
+
+    prompt_ids: Mapping[str, str]
+    """prompt_id -> name of its set."""
+    decontaminator: Decontaminator | None
+    sizes: Mapping[str, int]
+
+    @classmethod
+    def of(cls, config: Select, step: Step) -> "EvaluationSets":
+        """Read every set once."""
+        texts = None if config.decontamination.action == "ignore" else Decontaminator(config.decontamination.ngrams)
+        prompt_ids, sizes = dict[str, str](), Counter[str]()
+        for name, prompt in prompts_of_sets(step):
+            prompt_ids[prompt.prompt_id] = name
+            sizes[name] += 1
+            if texts is not None and not made_from_template(prompt):
+                texts.add(name, prompt)
+        return cls(prompt_ids, texts if sizes else None, sizes)
+
+
+def assess(config: Select, inputs: Inputs, sets: EvaluationSets, opened: OpenRun, funnel: Funnel) -> set[str]:
+    """Write every flag and, for the next pass, what becomes of each trace; gives the trace_ids beyond caps."""
+    assessor = Assessor(config, sets.prompt_ids, sets.decontaminator)
+    chosen: dict[str, list[str]] = {}
+    label = f"{opened.step.label}: choose"
+    with (
+        written_aside(opened.path("flags.jsonl"), opened.work / "fates.jsonl") as (flags, fates),
+        progress(label, inputs.answered, opened.options, "traces") as bar,
+    ):
+        for trace in read_records(inputs.failed, Trace):
+            flag = Flag(trace_id=trace.trace_id, flag=failure(trace), detail=str(trace.error))
+            funnel.flag(flag)
+            flags.write(flag.to_line())
+        for _, group in groupby(inputs.judged(opened.path("verdicts.jsonl")), key=lambda one: one.trace.prompt_id):
+            for judged, reason in assessor.assess(list(group)):
+                funnel.flag(*judged.flags)
+                flags.writelines(flag.to_line() for flag in judged.flags)
+                fates.write(Fate(trace_id=judged.trace.trace_id, reason=reason).to_line())
+                if reason is None and config.max_per_source is not None:
+                    chosen.setdefault(judged.prompt.source, []).append(judged.trace.trace_id)
+                bar.advance()
+    return beyond_caps(config, chosen)
+
+
+def failure(trace: Trace) -> str:
+    """The reason of a request that got no answer."""
+    return "no-trace" if trace.error == NO_TRACE else "api-error"
+
+
+def write_out(
+    config: Select, inputs: Inputs, opened: OpenRun, beyond: Collection[str], funnel: Funnel, training_set: TrainingSet
+) -> None:
+    """Write examples and drops as decided, less those beyond caps and limit, and count them."""
+    seen_prompt = ""
+    with written_aside(opened.path("dropped.jsonl"), opened.path("examples.jsonl")) as (dropped, examples):
+
+        def drop(trace: Trace, reason: str) -> None:
+            line = Dropped(trace_id=trace.trace_id, prompt_id=trace.prompt_id, reason=reason).to_line()
+            dropped.write(line)
+            funnel.drop(trace, reason)
+
+        for trace in read_records(inputs.failed, Trace):
+            drop(trace, failure(trace))
+        fates = read_records(opened.work / "fates.jsonl", Fate)
+        for judged, fate in zip(inputs.judged(opened.path("verdicts.jsonl")), fates, strict=True):
+            funnel.verdict(judged.prompt, judged.verdict)
+            reason = fate.reason or ("source-cap" if fate.trace_id in beyond else None)
+            if reason is None and config.limit is not None and funnel.examples >= config.limit:
+                reason = "limit"
+            if reason is not None:
+                drop(judged.trace, reason)
+                continue
+            example = judged.example(config)
+            examples.write(example.to_line())
+            funnel.keep(example, another_prompt=seen_prompt != judged.trace.prompt_id)
+            seen_prompt = judged.trace.prompt_id
+            training_set.add(example, judged.trace, judged.verdict)
+    for prompt in read_records(inputs.heldout, Prompt) if inputs.heldout.exists() else ():
+        training_set.add_heldout(prompt)
+
+
+def publish(facts: Facts, made: Path, folder: Path, label: str) -> dict[str, Any]:
+    """Give the data set its card and its place; without pyarrow there is none, which is said. Gives its counts."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if not facts.files:
+        say(f"{label}: the folder dataset/ is left out: {MISSING}")
+        return {"left_out": MISSING}
+    (made / "README.md").write_text(card(facts), encoding="utf-8")
+    os.replace(made, folder)
+    size = sum(file.bytes for file in facts.files)
+    say(f"{label}: data set of {len(facts.files)} files, {size / 1e6:,.1f} MB: {folder}")
+    return {"files": len(facts.files), "bytes": size}
+
+
+@contextmanager
+def written_aside(*paths: Path) -> Iterator[Sequence[IO[str]]]:
+    """Files that get their names, and take the place of what is there, only when all of them are whole."""
     parts = [path.with_name(path.name + PARTIAL) for path in paths]
-    with ExitStack() as open_logs:
-        for part in parts:
-            part.unlink(missing_ok=True)
-        yield [open_logs.enter_context(RecordLog(part)) for part in parts]
+    with ExitStack() as opened:
+        files = [opened.enter_context(part.open("w", encoding="utf-8")) for part in parts]
+        yield files
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
     for part, path in zip(parts, paths):
         os.replace(part, path)

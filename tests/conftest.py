@@ -24,7 +24,7 @@ settings.register_profile("distill", deadline=None, derandomize="CI" in os.envir
 settings.load_profile("distill")
 
 ROOT = Path(__file__).resolve().parent.parent
-SECRET_NAMES = ("OPENAI_API_KEY", "DEEPSEEK_API_KEY", "HF_TOKEN")
+SECRET_NAMES = ("OPENAI_API_KEY", "DEEPSEEK_API_KEY", "OPENROUTER_API_KEY", "HF_TOKEN")
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

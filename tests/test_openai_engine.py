@@ -1,74 +1,47 @@
 """The OpenAI-compatible client against a real local server that counts what it is asked and misbehaves on request."""
 
 import asyncio
+import gzip
 import importlib.util
+import json
 import logging
+import resource
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+import tracemalloc
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from distill.config import Endpoint, FormatConfig, Sampling, TeacherConfig
-from distill.engines import Completion, Request, open_engine, stream
-from distill.engines.openai import OpenAIEngine, preflight, retry_after_s, server_message
+from distill.config import Endpoint, FormatConfig, TeacherConfig
+from distill.engines import Request, open_engine, stream
+from distill.engines.openai import OpenAIEngine, preflight
+from distill.engines.openai.address import address_of
+from distill.engines.openai.exchange import allow_connections
 from distill.errors import EngineError
-from distill.records import Message, Prompt
 from distill.runs import RunOptions
 
-spec = importlib.util.spec_from_file_location("chat_server", Path(__file__).parent / "chat_server.py")
+spec = importlib.util.spec_from_file_location("openai_client", Path(__file__).parent / "openai_client.py")
 assert spec and spec.loader
-server_module = importlib.util.module_from_spec(spec)
-sys.modules["chat_server"] = server_module  # dataclasses look their module up
-spec.loader.exec_module(server_module)
-ChatServer, Reply, completion = server_module.ChatServer, server_module.Reply, server_module.completion
-
-SECRET = "sk-very-secret-0123456789"
+client_module = importlib.util.module_from_spec(spec)
+sys.modules["openai_client"] = client_module
+spec.loader.exec_module(client_module)
+ChatServer, Reply, completion = client_module.ChatServer, client_module.Reply, client_module.completion
+answer_of, counted, answering, failing = (
+    client_module.answer_of, client_module.counted, client_module.answering, client_module.failing,
+)  # fmt: skip
+endpoint, engine, requests = client_module.endpoint, client_module.engine, client_module.requests
+ask, one, SECRET = client_module.ask, client_module.one, client_module.SECRET
 
 
 @pytest.fixture(autouse=True)
 def _no_key_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("TEACHER_KEY", raising=False)
-
-
-def endpoint(server: Any, **fields: Any) -> Endpoint:
-    return Endpoint(**{"base_url": server.base_url, "timeout_s": 20, "max_retries": 3} | fields)
-
-
-def engine(server: Any, **fields: Any) -> OpenAIEngine:
-    return OpenAIEngine("r1", endpoint(server, **fields), FormatConfig(), first_delay_s=0.01)
-
-
-def requests(count: int, system: str | None = None, **sampling: Any) -> Iterator[Request]:
-    for number in range(count):
-        prompt = Prompt.of([Message(role="user", content=f"question {number}")])
-        yield Request(prompt, 0, Sampling(**sampling), seed=100 + number, system=system)
-
-
-def ask(client: OpenAIEngine, wanted: Iterable[Request]) -> list[Completion]:
-    async def collect() -> list[Completion]:
-        return [done async for done in client.generate(stream(wanted))]
-
-    return asyncio.run(collect())
-
-
-def one(server: Any, **fields: Any) -> Completion:
-    (done,) = ask(engine(server, **fields), requests(1))
-    return done
-
-
-def answering(message: dict[str, Any], finish: str | None = "stop", **more: Any) -> Any:
-    return ChatServer(answer=lambda body: completion(message, finish, **more))
-
-
-def failing(first: int, reply: Any) -> Any:
-    """A server whose first replies are bad."""
-    return ChatServer(lambda number, body: reply if number <= first else Reply())
 
 
 # --- what is sent and what comes back -------------------------------------------------------------------------------
@@ -181,6 +154,42 @@ def test_no_more_requests_than_the_concurrency_are_ever_pulled_or_in_flight() ->
     assert (answered, most) == (40, 5)
 
 
+@pytest.mark.parametrize("concurrency", [1, 4, "auto"])
+def test_a_pull_that_waits_for_earlier_answers_holds_nobody_up(concurrency: Any) -> None:
+    answered = asyncio.Event()
+
+    async def one_after_the_other() -> AsyncIterator[Request]:
+        for request in requests(4):
+            yield request
+            await answered.wait()  # what is asked next depends on this answer
+            answered.clear()
+
+    async def collect(client: OpenAIEngine) -> int:
+        count = 0
+        async for _ in client.generate(one_after_the_other()):
+            count += 1
+            answered.set()
+        return count
+
+    # the first try of each fails: retries must get through while a pull waits
+    with ChatServer(lambda number, body: Reply(500) if number % 2 else Reply()) as server:
+        assert asyncio.run(collect(engine(server, concurrency=concurrency))) == 4
+
+
+def test_a_caller_who_stops_early_leaves_nothing_running() -> None:
+    async def first_only(client: OpenAIEngine) -> int:
+        completions = client.generate(stream(requests(50)))
+        await anext(completions)
+        await completions.aclose()
+        return len(asyncio.all_tasks()) - 1
+
+    with ChatServer(lambda number, body: Reply(delay_s=0.01 * (number > 1))) as server:
+        client = engine(server, concurrency=8)
+        assert asyncio.run(first_only(client)) == 0
+        assert client.pool.servers[0].in_flight == 0
+        assert len(ask(client, requests(3))) == 3  # and can be used again
+
+
 def test_completions_come_as_they_finish_not_in_the_order_asked() -> None:
     with ChatServer(lambda number, body: Reply(delay_s=0.3 if body["seed"] == 100 else 0)) as server:
         done = ask(engine(server, concurrency=4), requests(8))
@@ -199,8 +208,29 @@ def test_an_error_of_the_callers_own_iterable_reaches_the_caller() -> None:
         yield from requests(2)
         raise OSError("the prompts' disk is gone")
 
-    with ChatServer() as server, pytest.raises(OSError, match="disk is gone"):
-        ask(engine(server, concurrency=2), broken())
+    with ChatServer() as server:
+        with pytest.raises(OSError, match="disk is gone"):
+            ask(engine(server, concurrency=2), broken())
+
+
+def test_a_request_that_is_dropped_before_it_was_sent_gives_its_place_back() -> None:
+    async def cancelled_while_pulling(client: OpenAIEngine) -> None:
+        me, two = asyncio.current_task(), list(requests(2))
+        assert me
+
+        async def source() -> AsyncIterator[Request]:
+            yield two[0]
+            me.cancel()  # before the task of the second request can begin
+            yield two[1]
+
+        async for _ in client.generate(source()):
+            pass
+
+    with ChatServer() as server:
+        client = engine(server, concurrency=4)
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(cancelled_while_pulling(client))
+    assert client.pool.servers[0].in_flight == 0
 
 
 # --- trouble that passes --------------------------------------------------------------------------------------------
@@ -220,6 +250,10 @@ PASSING = [
     Reply(
         200, b'{"choices": [{"message": {"content": "so"}, "finish_reason": "insufficient_system_resource"}]}'
     ),
+    Reply(200, b'{"error": {"message": "upstream", "code": 502}}'),
+    Reply(200, b'{"choices": [{"message": {"content": ""}, "finish_reason": "error"}], "error": {"code": 503}}'),
+    Reply(429, b"", {"Retry-After": "0.01"}),
+    Reply(408, b""), Reply(409, b""), Reply(425, b""), Reply(529, b"overloaded"),
 ]  # fmt: skip
 
 
@@ -231,15 +265,42 @@ def test_trouble_that_passes_is_tried_again(reply: Any) -> None:
     assert len(server.requests) == 3
 
 
-def test_blank_keep_alive_lines_before_the_body_do_no_harm() -> None:
-    with failing(1, Reply(how="blank-lines")) as server:
-        assert one(server).attempts == 1
+@pytest.mark.parametrize("stream", [False, True])
+def test_keep_alives_before_the_answer_reset_the_idle_time_out(stream: bool) -> None:
+    with failing(1, Reply(how="blank-lines", delay_s=0.3)) as server:  # four times, so 1.2 s in all
+        done = one(server, timeout_s=0.7, stream=stream)
+    assert (done.attempts, done.answer) == (1, "\\boxed{10}")
 
 
-def test_a_server_that_hangs_is_given_up_after_the_time_out_and_asked_again() -> None:
-    with failing(1, Reply(how="hang")) as server:
-        done = one(server, timeout_s=0.3)
-    assert (done.error, done.attempts) == (None, 2)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_server_that_falls_silent_in_the_middle_is_given_up_and_asked_again(stream: bool) -> None:
+    with failing(1, Reply(how="stall")) as server:
+        done = one(server, timeout_s=0.4, stream=stream)
+    assert (done.error, done.attempts, done.answer) == (None, 2, "\\boxed{10}")
+
+
+BOMB = Reply(200, gzip.compress(b" " * 100_000_000), {"Content-Encoding": "gzip"})
+
+
+@pytest.mark.parametrize(
+    ("reply", "stream", "said"),
+    [
+        (Reply(how="endless"), False, "a body of more than 16,777,216 bytes"),
+        (Reply(how="endless"), True, "a stream of more than 16,777,216 bytes"),
+        (BOMB, False, "a body of more than 16,777,216 bytes"),
+        (Reply(500, b"x" * 100_000_000), False, "500 xxxx"),
+    ],
+    ids=["body", "stream", "packed", "error"],
+)
+def test_a_server_that_sends_without_end_fills_no_memory(reply: Any, stream: bool, said: str) -> None:
+    wordy = lambda body: completion({"content": "x" * 100_000})  # noqa: E731
+    with ChatServer(lambda *_: reply, wordy) as server:
+        tracemalloc.start()
+        done = one(server, stream=stream, max_retries=0)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert done.error and done.error.startswith(said) and done.retryable
+    assert peak < 70_000_000
 
 
 def test_retry_after_is_honoured() -> None:
@@ -249,24 +310,11 @@ def test_retry_after_is_honoured() -> None:
     assert time.monotonic() - started >= 0.4
 
 
-def test_retry_after_is_read_as_seconds_or_as_a_date_and_never_trusted_without_bound() -> None:
-    import httpx
-
-    def given(value: str) -> float:
-        return retry_after_s(httpx.Response(429, headers={"retry-after": value}))
-
-    assert given("3") == 3
-    assert given("-3") == 0
-    assert given("soon") == 0
-    assert given("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-    assert given("Wed, 21 Oct 2215 07:28:00 GMT") == given("1e9") == 600
-
-
 def test_back_off_is_full_jitter_under_a_doubling_ceiling() -> None:
     with ChatServer() as server:
         client = OpenAIEngine("r1", endpoint(server), FormatConfig(), first_delay_s=1.0)
     for attempt, ceiling in [(1, 1), (2, 2), (3, 4), (20, 60)]:
-        delays = [client._delay_s(attempt, 0) for _ in range(300)]
+        delays = [client.delay_s(attempt) for _ in range(300)]
         assert 0 <= min(delays) < 0.2 * ceiling
         assert 0.8 * ceiling < max(delays) <= ceiling
 
@@ -287,6 +335,7 @@ def test_a_server_that_is_not_there_gives_failures_not_a_crash() -> None:
         gone = Endpoint(base_url=f"http://127.0.0.1:{held.getsockname()[1]}/v1", max_retries=1)
         (done,) = ask(OpenAIEngine("r1", gone, FormatConfig(), first_delay_s=0.01), requests(1))
     assert done.error and "connection failed" in done.error and "tried 2 times" in done.error
+    assert done.retryable
 
 
 @pytest.mark.parametrize(
@@ -303,19 +352,103 @@ def test_a_prompt_the_server_will_not_answer_is_one_failure_without_retries(repl
     with ChatServer(lambda number, body: reply if body["seed"] == 100 else Reply()) as server:
         done = ask(engine(server), requests(3))
     assert sorted(item.error is None for item in done) == [False, True, True]
+    assert not any(item.retryable for item in done)
     assert max(server.asked.values()) == 1
 
 
-def test_twenty_per_cent_of_mixed_faults_leave_every_request_answered_exactly_once() -> None:
-    faults = PASSING[:9]
+def test_an_invalid_request_of_a_server_that_answers_others_is_that_prompts_own() -> None:
+    bad = lambda number, body: Reply(400, b"strange text") if body["seed"] == 102 else Reply()  # noqa: E731
+    with ChatServer(bad) as server:
+        done = ask(engine(server, concurrency=1), requests(5))
+    assert [item.error for item in done if item.error] == ["400 strange text"]
+    assert len(done) == 5
+
+
+FAULTS = [
+    Reply(429, b"", {"Retry-After": "0.05"}),
+    Reply(500, b"oops"),
+    Reply(how="reset"),
+    Reply(how="hang"),
+    Reply(how="stall"),
+    Reply(200, b""),
+    Reply(how="blank-lines"),
+    Reply(how="truncated"),
+    Reply(how="duplicate"),
+    Reply(how="no-done"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_with_faults_in_a_fifth_of_the_requests_every_prompt_is_answered_or_failed_once(stream: bool) -> None:
+    poisoned = {103, 150, 333}
 
     def plan(number: int, body: dict[str, Any]) -> Any:
-        return faults[number % len(faults)] if number % 5 == 0 else Reply()
+        if body["seed"] in poisoned:
+            return Reply(500, b"never")
+        return FAULTS[number // 5 % len(FAULTS)] if number % 5 == 0 else Reply()
 
-    with ChatServer(plan) as server:
-        done = ask(engine(server, max_retries=8), requests(100))
-    assert sorted(item.key for item in done) == sorted(request.key for request in requests(100))
-    assert all(item.error is None for item in done)
+    with ChatServer(plan, answer=lambda body: counted(answer_of(body))) as server:
+        done = ask(engine(server, max_retries=6, timeout_s=0.5, stream=stream, concurrency=24), requests(300))
+    wanted = {request.key: request for request in requests(300)}
+    assert sorted(item.key for item in done) == sorted(wanted)  # none lost, none doubled
+    failed = [item for item in done if item.error]
+    assert {wanted[item.key].seed for item in failed} == poisoned
+    assert all(item.retryable and item.error == "500 never (tried 7 times)" for item in failed)
+    for item in done:
+        if not item.error:
+            question = wanted[item.key].prompt.text
+            assert item.answer == f"\\boxed{{{len(question)}}}"
+            assert item.reasoning == f"I count {question!r} by {wanted[item.key].seed}."
+
+
+# --- streams --------------------------------------------------------------------------------------------------------
+
+ANSWERS = [
+    completion(
+        {"reasoning_content": "think  a\n\nb ", "content": "answer\n b"}, model="r1-0528", system_fingerprint="f"
+    ),
+    completion({"reasoning": "think a", "content": "answer b"}, "length"),
+    completion({"content": "<think>\nthink a\n</think>\n\nanswer b"}),
+    completion({"content": "think a\n</think>\n\nänswer 🙂 b"}),
+    completion({"reasoning_content": "cut off in the", "content": None}, "length"),
+    completion({"content": "just 4"}, usage=None),
+]
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=range(len(ANSWERS)))
+def test_a_streamed_answer_equals_the_same_answer_in_one_piece(answer: dict[str, Any]) -> None:
+    with ChatServer(answer=lambda body: answer) as server:
+        whole, streamed = one(server), one(server, stream=True)
+    assert streamed._replace(latency_s=0) == whole._replace(latency_s=0)
+    assert [body.get("stream") for body in server.requests] == [None, True]
+    assert server.requests[1]["stream_options"] == {"include_usage": True}
+
+
+@pytest.mark.parametrize("how", ["truncated", "reset", "hang"])
+def test_a_stream_that_breaks_off_is_asked_for_again(how: str) -> None:
+    with failing(2, Reply(how=how)) as server:
+        done = one(server, stream=True, timeout_s=0.5)
+    assert (done.error, done.attempts, done.answer) == (None, 3, "\\boxed{10}")
+
+
+def test_a_stream_whose_chunks_all_come_twice_is_read_once() -> None:
+    with ChatServer(lambda *_: Reply(how="duplicate"), lambda body: counted(answer_of(body))) as server:
+        done = one(server, stream=True)
+    assert (done.reasoning, done.answer, done.attempts) == ("I count 'question 0' by 100.", "\\boxed{10}", 1)
+
+
+def test_a_server_that_streams_unasked_or_does_not_stream_when_asked_is_read_all_the_same() -> None:
+    events = b'data: {"choices": [{"delta": {"content": "4"}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
+    with ChatServer(lambda *_: Reply(200, events, {"Content-Type": "text/event-stream"})) as server:
+        assert one(server).answer == "4"
+    with ChatServer(lambda *_: Reply(200, b'{"choices": [{"message": {"content": "4"}}]}')) as server:
+        assert one(server, stream=True).answer == "4"
+
+
+def test_streams_keep_their_connections() -> None:
+    with ChatServer() as server:
+        assert len(ask(engine(server, concurrency=1, stream=True), requests(12))) == 12
+        assert server.connections == 1
 
 
 # --- trouble that does not pass -------------------------------------------------------------------------------------
@@ -329,6 +462,7 @@ def test_twenty_per_cent_of_mixed_faults_leave_every_request_answered_exactly_on
         (402, "add credit"),
         (403, "may not use model 'r1'"),
         (404, "has the model 'r1'"),
+        (405, "check teacher.model"),
         (422, "check teacher.model"),
         (301, "moved to https://elsewhere"),
     ],
@@ -343,6 +477,36 @@ def test_what_cannot_pass_stops_the_run_at_once_with_the_remedy(
             ask(engine(server, api_key_env="TEACHER_KEY", concurrency=2), requests(50))
         assert len(server.requests) <= 2  # nothing after what was in flight
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("message", "remedy"),
+    [
+        ("Unsupported value: 'temperature' does not support 0.6 with this model", "teacher.sampling.temperature"),
+        ("body.top_p: Extra inputs are not permitted", "teacher.sampling.top_p"),
+        ("Unrecognized request argument supplied: seed", "gateway that drops seed"),
+        ("'max_tokens' is not supported, use 'max_completion_tokens' instead", "do not send their reasoning"),
+        ("unknown field stream_options", "stream: false"),
+    ],
+)
+def test_a_parameter_that_the_server_does_not_take_is_named_with_its_remedy(message: str, remedy: str) -> None:
+    body = json.dumps({"error": {"message": message}}).encode()
+    with ChatServer(lambda *_: Reply(400, body)) as server, pytest.raises(EngineError, match=remedy):
+        one(server)
+
+
+def test_a_fatal_error_object_in_a_good_status_stops_the_run_too() -> None:
+    reply = Reply(200, b'{"error": {"message": "no auth", "code": 401}}')
+    with ChatServer(lambda *_: reply) as server, pytest.raises(EngineError, match="set OPENAI_API_KEY"):
+        one(server)
+
+
+def test_a_key_is_not_sent_on_to_where_a_server_redirects() -> None:
+    with ChatServer() as elsewhere:
+        moved = Reply(307, b"", {"Location": f"{elsewhere.base_url}/chat/completions"})
+        with ChatServer(lambda *_: moved) as server, pytest.raises(EngineError, match="moved to"):
+            one(server)
+    assert elsewhere.requests == []
 
 
 def test_an_empty_account_stops_the_run_though_it_comes_as_429() -> None:
@@ -416,9 +580,9 @@ def test_neither_the_log_nor_the_engine_itself_shows_the_key(
     with ChatServer() as server:
         client = engine(server)
         ask(client, requests(2))
-    assert "POST" in caplog.text  # the client library does log
+    assert caplog.records  # somebody does log
     assert SECRET not in caplog.text
-    assert SECRET not in repr(vars(client))
+    assert SECRET not in repr(vars(client)) + repr(vars(client.pool)) + repr(vars(client.pool.servers[0]))
 
 
 @pytest.mark.parametrize("value", ["sk-with space-0123", "sk-ünïcode-0123456", "sk-ctrl-\x07-0123456"])
@@ -461,9 +625,27 @@ def test_a_secret_in_the_address_is_refused_without_showing_it(address: str) -> 
     assert SECRET not in str(caught.value)
 
 
-def test_a_servers_message_is_found_in_every_usual_place() -> None:
-    import httpx
+def test_the_environments_proxy_is_used_but_not_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://proxy.example.com:3128")
+    monkeypatch.setenv("no_proxy", "direct.example.com")
 
-    bodies = [b'{"error": {"message": "a"}}', b'{"error": "a"}', b'{"message": "a"}', b'{"detail": "a"}', b" a\n"]
-    assert {server_message(httpx.Response(400, content=body)) for body in bodies} == {"a"}
-    assert server_message(httpx.Response(400, content=b"")) == "Bad Request"
+    def proxy(base_url: str) -> str | None:
+        return address_of(Endpoint(base_url=base_url), "r1", "teacher.endpoint").proxy
+
+    assert proxy("https://api.example.com/v1") == "http://proxy.example.com:3128"
+    assert proxy("https://direct.example.com/v1") is None
+    assert proxy("http://127.0.0.1:8000/v1") is None
+
+
+def test_as_many_files_may_be_open_as_requests_are_in_flight() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (400, before[1]))
+        allow_connections(1024)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(1024, before[1])
+        allow_connections(10)  # and is not taken back
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(1024, before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

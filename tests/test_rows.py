@@ -80,6 +80,20 @@ def test_any_text_in_a_json_line_stays_one_row(tmp_path_factory: pytest.TempPath
     assert read(path) == [{"a": text}, {"a": "next"}]
 
 
+def test_an_escaped_surrogate_pair_is_one_character(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"a": "\\ud83d\\ude00"}\n{"a": "\\uD83D\\uDE00"}\n')
+    assert read(tmp_path / "rows.jsonl") == [{"a": "\N{GRINNING FACE}"}] * 2
+
+
+def test_every_row_group_of_a_parquet_file_is_read(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"n": n, "text": f"row {n}", "list": [n, n + 1]} for n in range(2500)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=700)
+    assert read(tmp_path / "rows.parquet") == rows
+
+
 def test_a_csv_field_may_be_as_long_as_a_reasoning_trace(tmp_path: Path) -> None:
     path = tmp_path / "long.csv"
     write_csv(path, [{"a": "x" * 200_000}])  # the csv module's own limit is 131,072
@@ -104,6 +118,7 @@ def test_the_list_in_a_json_object_is_found_or_named(tmp_path: Path) -> None:
 BROKEN = {
     "a.jsonl": ('{"a": 1}\nnope\n', r"a\.jsonl:2: not JSON: Expecting value at character 1"),
     "cut.jsonl": ('{"a": 1}\n{"a": "half', r"cut\.jsonl:2: not JSON"),
+    "half.jsonl": ('{"a": 1}\n{"a": "\\ud83d"}\n', r"half\.jsonl:2: half of a surrogate pair"),
     "list.jsonl": ("[1]\n", r"list\.jsonl:1: a row is a JSON object with named columns; given: list"),
     "empty.jsonl": ("", r"empty\.jsonl: no rows in it"),
     "empty.json": ("", r"empty\.json: no rows in it"),

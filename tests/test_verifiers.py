@@ -4,6 +4,7 @@ import asyncio
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -20,12 +21,15 @@ from distill.errors import RecipeError
 from distill.records import Message, Outcome, Prompt, Teacher, Trace, Verdict
 from distill.verifiers import (
     VerifierSpec,
+    choice,
+    code,
     exact,
     judge,
     math,
     number,
     reasoning_gym,
     recorded_name,
+    regex,
     resolve,
     verdict_of,
 )
@@ -274,8 +278,10 @@ def test_exact_compares_characters_after_normalisation(gold: str, answer: str, o
 
 def test_a_verdict_is_signed_with_name_version_and_what_it_judged() -> None:
     verdict = number(prompt("4"), trace("4", trace_id="t7"))
-    assert verdict == Verdict(trace_id="t7", gold="4", verifier="number@1", outcome="correct", detail="last number 4")
-    assert math(prompt("4"), trace("4")).verifier.startswith("math@1+math-verify-0.")
+    label = resolve("number").label
+    assert re.fullmatch(r"number@\d+", label)
+    assert verdict == Verdict(trace_id="t7", gold="4", verifier=label, outcome="correct", detail="last number 4")
+    assert re.match(r"math@\d+\+math-verify-0\.", math(prompt("4"), trace("4")).verifier)
 
 
 # --- reasoning-gym's own scorers ------------------------------------------------------------------------------------
@@ -366,13 +372,14 @@ def custom(tmp_path: Path) -> FileVerifier:
 
 def test_every_built_in_name_resolves_to_its_function() -> None:
     functions = {"number": number, "math": math, "exact": exact, "reasoning_gym": reasoning_gym}
+    functions |= {"choice": choice, "regex": regex, "code": code}
     assert set(functions) == set(VERIFIERS)
     for name, function in functions.items():
         spec = resolve(name)
         assert spec.load() is function and not spec.custom
         assert pickle.loads(pickle.dumps(spec)) == spec
         assert function(prompt("4"), trace("")).verifier == spec.label
-    assert [name for name in VERIFIERS if resolve(name).light] == ["number", "exact"]
+    assert [name for name in VERIFIERS if resolve(name).light] == ["number", "exact", "choice"]
 
 
 def test_an_unknown_verifier_is_named_with_the_nearest() -> None:

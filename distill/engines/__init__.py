@@ -21,6 +21,8 @@ ResultT = TypeVar("ResultT")
 
 ENGINES = {
     "openai": "distill.engines.openai:OpenAIEngine",
+    "openai_batch": "distill.engines.openai_batch:OpenAIBatchEngine",
+    "vllm": "distill.engines.vllm:VllmEngine",
     "transformers": "distill.engines.transformers:TransformersEngine",
     "onnx": "distill.engines.onnx:OnnxEngine",
     "solver": "distill.engines.solver:SolverEngine",

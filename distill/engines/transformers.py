@@ -112,7 +112,7 @@ class TransformersEngine:
                 self.tokenizer, self.format, request, texts[index], len(ids[index]), answers[index], latency_s, ends
             )
             if index in answers
-            else Completion(request.key, error=_no_room(len(ids[index]), context))
+            else Completion(request.key, error=no_room(len(ids[index]), context))
             for index, request in enumerate(requests)
         ]
 
@@ -154,15 +154,21 @@ def context_of(model: Any) -> int:
     return int(model.config.max_position_embeddings)
 
 
-def _no_room(tokens: int, context: int) -> str:
+def no_room(tokens: int, context: int) -> str:
+    """Why a prompt is not answered."""
     return f"the prompt has {tokens:,} tokens; between 1 and {context - 1:,} fit the model's context of {context:,}"
 
 
 def end_ids(model: Any) -> list[int]:
-    """Token ids that a model's generation stops at, those of its generation_config first."""
-    found = model.generation_config.eos_token_id if model.generation_config else None
+    """Token ids that a model's generation stops at."""
+    return end_ids_of(model.generation_config, model.config)
+
+
+def end_ids_of(generation_config: Any, config: Any) -> list[int]:
+    """Token ids that generation stops at: those of the generation_config, or else of the config."""
+    found = generation_config.eos_token_id if generation_config else None
     if found is None:
-        found = model.config.eos_token_id
+        found = config.eos_token_id
     return [found] if isinstance(found, int) else list(found or [])
 
 
@@ -194,7 +200,7 @@ def generate_ids(
     context = context_of(model)
     for prompt in prompts:
         if not 0 < len(prompt) < context:
-            raise ValueError(_no_room(len(prompt), context))
+            raise ValueError(no_room(len(prompt), context))
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)

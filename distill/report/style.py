@@ -1,6 +1,6 @@
 """The page's style sheet: light and dark, wide and narrow, screen and paper."""
 
-CSS = """
+COLOURS = """
 :root {
   color-scheme: light dark;
   --ink: #1c2230; --soft: #5c6577; --faint: #8b93a3; --line: #e3e6ec; --page: #fff; --panel: #f6f7f9; --track: #eceef2;
@@ -17,6 +17,12 @@ CSS = """
     --v0: #3fc6ab; --v1: #eba53a; --v2: #f27aa8; --v3: #a5cb4f; --v4: #52bfe3;
   }
 }
+"""
+"""The colours by name, in both schemes; other pages of the house take them from here."""
+
+CSS = (
+    COLOURS
+    + """
 * { box-sizing: border-box }
 html { -webkit-text-size-adjust: 100%; scroll-behavior: smooth }
 body {
@@ -201,3 +207,4 @@ summary:focus-visible { outline: 2px solid var(--student); outline-offset: 2px }
   .case::details-content { content-visibility: visible; display: block }
 }
 """
+)

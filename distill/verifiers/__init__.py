@@ -4,36 +4,64 @@
     number(prompt, trace).outcome
 
 `resolve` turns what a recipe says into a `VerifierSpec`: a built-in name, the name of an installed one (entry point
-group `distill.verifiers`), or a file of your own with a function `verify`. Specs travel to worker processes; the pool
-in `distill.verifiers.pool` runs them there under a time limit. Importing this package loads no library that verifies.
+group `distill.verifiers`), a file of your own with a function `verify`, or a section with options
+(`{regex: {pattern: ...}}`), which may combine others (`{any_of: [number, {regex: ...}]}`). Specs travel to worker
+processes; the pool in `distill.verifiers.pool` runs them there under a time limit. Importing this package loads no
+library that verifies.
 """
 
 import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-from distill.config import VERIFIERS, FileVerifier
+from distill.config import (
+    VERIFIERS,
+    ChoiceVerifier,
+    CodeVerifier,
+    FileVerifier,
+    JsonSchemaVerifier,
+    JudgeVerifier,
+    RegexVerifier,
+    Section,
+    Verifier,
+    VerifierSection,
+    hashed_fields,
+    is_hashed,
+    validate,
+)
 from distill.errors import RecipeError
-from distill.records import Prompt, Trace, Verdict
+from distill.records import Prompt, Trace, Verdict, digest_json
 from distill.rows import nearest
+from distill.verifiers import judging, multiple_choice, program, structured
 from distill.verifiers.builtin import exact, math, number, reasoning_gym, verdict_of, version_of
+from distill.verifiers.combination import combine
+from distill.verifiers.multiple_choice import choice
+from distill.verifiers.program import code
+from distill.verifiers.structured import json_schema, regex
 
 __all__ = [
     "VerifierSpec",
     "Verify",
+    "choice",
+    "code",
+    "columns_of",
     "exact",
+    "json_schema",
     "judge",
     "math",
     "number",
     "reasoning_gym",
     "recorded_name",
+    "regex",
     "resolve",
     "verdict_of",
 ]
@@ -46,8 +74,11 @@ FUNCTION = "verify"
 FILE = "file:"
 """How a verifier file is marked in a prompt's `verifier`."""
 DEFAULT_TIMEOUT_S = 10.0
-LIGHT = ("number", "exact")
+LIGHT = ("number", "exact", "choice")
 """Verifiers that need no process of their own: they run in linear time."""
+JUDGE = "judge"
+"""The verifier that is asked over the network, by whoever holds the pool."""
+COMBINATIONS = ("any_of", "all_of")
 
 
 @dataclass(frozen=True)
@@ -61,6 +92,10 @@ class VerifierSpec:
     timeout_s: float = DEFAULT_TIMEOUT_S
     light: bool = False
     """Whether it may run in this process."""
+    options: str = ""
+    """Options that differ from their defaults, as canonical JSON."""
+    parts: tuple["VerifierSpec", ...] = ()
+    """What a combination combines."""
 
     @property
     def label(self) -> str:
@@ -70,37 +105,69 @@ class VerifierSpec:
     @property
     def custom(self) -> bool:
         """Whether the function is not one of ours."""
-        return self.name not in VERIFIERS
+        return not self.where.startswith(OURS)
+
+    @property
+    def section(self) -> Any:
+        """The options as their section of the recipe: a `CodeVerifier` for `code`."""
+        kind = BUILT_IN[self.name].section
+        assert kind is not None, f"{self.name} takes no options"
+        return kind.model_validate_json(self.options or "{}")
+
+    def leaves(self) -> Iterator["VerifierSpec"]:
+        """The verifiers that a combination comes down to; any other is its own."""
+        for part in self.parts:
+            yield from part.leaves()
+        if not self.parts:
+            yield self
 
     def load(self) -> Verify:
         """The function itself.
 
         Raises RecipeError if its file or module is broken, was changed meanwhile, or has no such function.
         """
+        if self.parts:
+            loaded = [(part, part.load()) for part in self.parts]
+            return lambda prompt, trace: combine(
+                self.label, self.name, prompt, trace, [judge(part, verify, prompt, trace) for part, verify in loaded]
+            )
+        if self.name == JUDGE:
+            raise RecipeError(f"verifier {self.label} is asked over the network; it is no function to be called")
         if self.where.startswith(FILE):
             path = Path(self.where.removeprefix(FILE))
             if _version_of_file(path) != self.version:
                 raise RecipeError(f"{path}: the verifier was changed while the run was using it; run again")
             return _function(_load_file(path, self.version), FUNCTION, str(path))
-        module, _, function = self.where.partition(":")
+        module, _, name = self.where.partition(":")
         try:
-            return _function(importlib.import_module(module), function, self.where)
+            function = _function(importlib.import_module(module), name, self.where)
         except ImportError as error:
             raise RecipeError(f"verifier {self.name}: {module} cannot be imported: {error}") from error
+        if not self.options:
+            return function
+        if _version_of(self.name, self.section) != self.version:
+            raise RecipeError(f"verifier {self.name}: its file was changed while the run was using it; run again")
+        with_options: Callable[..., Verdict] = function
+        return partial(with_options, options=self.section)
 
 
-def resolve(verifier: str | FileVerifier) -> VerifierSpec:
+def resolve(verifier: Verifier) -> VerifierSpec:
     """The verifier that a recipe or a prompt names; reads a file's bytes, but runs none of its code.
 
     Raises RecipeError for an unknown name (with the nearest one) and for a file that is not there.
     """
     if isinstance(verifier, FileVerifier):
         return _file_spec(verifier.file, verifier.timeout_s)
+    if isinstance(verifier, VerifierSection):
+        return _section_spec(verifier)
+    if verifier.startswith("{"):
+        return _section_spec(validate(VerifierSection, json.loads(verifier), f"verifier {verifier}", {}))
     if verifier in VERIFIERS:
-        where = f"distill.verifiers.builtin:{verifier}"
-        return VerifierSpec(verifier, version_of(verifier), where, light=verifier in LIGHT)
+        return _built_in_spec(verifier, None)
     if verifier.startswith(FILE):
         return _file_spec(Path(verifier.removeprefix(FILE)), DEFAULT_TIMEOUT_S)
+    if verifier in VerifierSection.model_fields:
+        raise RecipeError(f"verifier {verifier!r} takes options; write it as {{{verifier}: {EXAMPLES[verifier]}}}")
     installed = {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
     if verifier not in installed:
         names = [*VERIFIERS, *installed]
@@ -113,9 +180,46 @@ def resolve(verifier: str | FileVerifier) -> VerifierSpec:
     return VerifierSpec(verifier, version, point.value)
 
 
-def recorded_name(verifier: str | FileVerifier) -> str:
-    """How a prompt's record names its verifier; `resolve` takes it back."""
-    return f"{FILE}{verifier.file.resolve()}" if isinstance(verifier, FileVerifier) else verifier
+def recorded_name(verifier: Verifier) -> str:
+    """How a prompt's record names its verifier; `resolve` takes it back.
+
+    Options that are no part of identities (where a judge is asked, how long it may take) are left out.
+    """
+    if isinstance(verifier, FileVerifier):
+        return f"{FILE}{verifier.file.resolve()}"
+    plain = _recorded(verifier)
+    return plain if isinstance(plain, str) else _canonical(plain)
+
+
+class Columns(NamedTuple):
+    """Columns of a row that a verifier reads, beside the question and the reference answer."""
+
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+
+def columns_of(verifier: Verifier) -> Columns | None:
+    """Which columns of its row a prompt has to keep for its verifier; None where it may want any."""
+    if isinstance(verifier, FileVerifier) or (isinstance(verifier, str) and verifier not in VERIFIERS):
+        return None
+    name, options = (verifier, None) if isinstance(verifier, str) else _only_key(verifier)
+    if isinstance(options, list):
+        return _columns_of_all(options)
+    if name == "choice":
+        return Columns(optional=multiple_choice.OPTION_COLUMNS)
+    return Columns(*program.columns(options or BUILT_IN[name].defaults())) if name == "code" else Columns()
+
+
+def _columns_of_all(verifiers: Sequence[Verifier]) -> Columns | None:
+    required: list[str] = []
+    optional: list[str] = []
+    for verifier in verifiers:
+        columns = columns_of(verifier)
+        if columns is None:
+            return None
+        required += columns.required
+        optional += columns.optional
+    return Columns(tuple(dict.fromkeys(required)), tuple(dict.fromkeys(optional)))
 
 
 def judge(spec: VerifierSpec, verify: Verify, prompt: Prompt, trace: Trace) -> Verdict:
@@ -129,6 +233,97 @@ def judge(spec: VerifierSpec, verify: Verify, prompt: Prompt, trace: Trace) -> V
         return verdict_of(prompt, trace, "error", detail, spec.label)
     signed = {"trace_id": trace.trace_id, "gold": prompt.gold, "verifier": spec.label}
     return verdict.model_copy(update=signed)
+
+
+# --- built-in ones and their options ---------------------------------------------------------------------------------
+
+OURS = "distill.verifiers."
+
+
+class BuiltIn(NamedTuple):
+    """Where one of our own verifiers lies, its version, and the section of its options."""
+
+    where: str
+    version: Callable[[], str]
+    section: type[Section] | None = None
+
+    def defaults(self) -> Any:
+        """Its options where the recipe gives none."""
+        assert self.section is not None
+        return self.section()
+
+
+BUILT_IN = {
+    **{name: BuiltIn(f"{OURS}builtin:{name}", partial(version_of, name)) for name in ("number", "math", "exact")},
+    "reasoning_gym": BuiltIn(f"{OURS}builtin:reasoning_gym", partial(version_of, "reasoning_gym")),
+    "choice": BuiltIn(f"{OURS}multiple_choice:choice", multiple_choice.version, ChoiceVerifier),
+    "regex": BuiltIn(f"{OURS}structured:regex", structured.regex_version, RegexVerifier),
+    "json_schema": BuiltIn(f"{OURS}structured:json_schema", structured.json_schema_version, JsonSchemaVerifier),
+    "code": BuiltIn(f"{OURS}program:code", program.version, CodeVerifier),
+    JUDGE: BuiltIn(f"{OURS}judging", judging.version, JudgeVerifier),
+}
+EXAMPLES = {
+    "json_schema": "{file: schema.json}",
+    JUDGE: "{model: MODEL, endpoint: {base_url: ...}}",
+    **dict.fromkeys(COMBINATIONS, "[number, exact]"),
+}
+"""Options of verifiers that do not work without any."""
+
+
+def _section_spec(section: VerifierSection) -> VerifierSpec:
+    name, options = _only_key(section)
+    return _combined_spec(name, options) if name in COMBINATIONS else _built_in_spec(name, options)
+
+
+def _only_key(section: VerifierSection) -> tuple[str, Any]:
+    return next((name, value) for name in type(section).model_fields if (value := getattr(section, name)) is not None)
+
+
+def _combined_spec(name: str, verifiers: Sequence[Verifier]) -> VerifierSpec:
+    parts = tuple(resolve(verifier) for verifier in verifiers)
+    version = digest_json([part.label for part in parts])[:8]
+    return VerifierSpec(
+        name, version, f"{OURS}combination:{name}", light=all(part.light for part in parts), parts=parts
+    )
+
+
+def _built_in_spec(name: str, options: Any) -> VerifierSpec:
+    """A verifier of ours; its version counts those of its options that decide verdicts, and files by content."""
+    built_in = BUILT_IN[name]
+    given = "" if options is None else _canonical(options.model_dump(mode="json", exclude_defaults=True))
+    timeout_s = program.longest_s(options or built_in.defaults()) if name == "code" else DEFAULT_TIMEOUT_S
+    version = _version_of(name, options) if options else built_in.version()
+    return VerifierSpec(name, version, built_in.where, timeout_s, name in LIGHT, "" if given == "{}" else given)
+
+
+def _version_of(name: str, options: Any) -> str:
+    decides: Any = hashed_fields(options)
+    if name == JUDGE:
+        decides = judging.identity(options)
+    if name == "json_schema":
+        decides = structured.schema_digest(options)
+    version = BUILT_IN[name].version()
+    return f"{version}+{digest_json(decides)[:8]}" if decides else version
+
+
+def _recorded(verifier: Verifier) -> Any:
+    """A verifier as plain JSON: identities' options only, absolute paths."""
+    if isinstance(verifier, str):
+        return verifier
+    if isinstance(verifier, FileVerifier):
+        return {"file": str(verifier.file.resolve())}
+    name, options = _only_key(verifier)
+    if name in COMBINATIONS:
+        return {name: [_recorded(part) for part in options]}
+    fields = type(options).model_fields.items()
+    plain = {key: getattr(options, key) for key, field in fields if is_hashed(field)}
+    plain = {key: value for key, value in plain.items() if value != type(options).model_fields[key].default}
+    plain = {key: str(value.resolve()) if isinstance(value, Path) else value for key, value in plain.items()}
+    return {name: plain} if plain else name
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

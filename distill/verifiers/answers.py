@@ -7,6 +7,7 @@ linear in the text, since these functions run without a time limit.
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -41,13 +42,68 @@ def last_box(text: str) -> str | None:
 
 def boxes(text: str) -> list[str]:
     """Contents of all outermost boxes, in order."""
-    found: list[str] = []
+    return [box.content for box in _boxes_in(text)]
+
+
+class _Box(NamedTuple):
+    content: str
+    start: int
+    end: int
+
+
+def _boxes_in(text: str) -> Iterator[_Box]:
     match = _BOX.search(text)
     while match:
         content, end = _box_content(text, match.end())
-        found.append(content)
+        yield _Box(content, match.start(), end)
         match = _BOX.search(text, end)
-    return found
+
+
+class AnswerBoxes(NamedTuple):
+    """The last box of an answer, and the boxes before it that belong to the same statement."""
+
+    last: str
+    listed: tuple[str, ...]
+    """Joined to the last one by no more than commas, `and`, `or`, `x =`: the answer is all of them."""
+    nearby: tuple[str, ...]
+    """In the same line with other words between: any of them may be the answer."""
+
+
+_LINKS = re.compile(
+    r"(?:[\s$,;.:*&]|\\[()\[\]\\,;]|\\q?quad|\\text\s?\{\s*(?:and|or|,)*\s*\}|\b(?:and|or)\b|[A-Za-z](?:_\{?\w{1,3}\}?)?\s*=)*"
+)
+_DOUBT = re.compile(r"\b(?:or|maybe|perhaps|possibly|either|alternatively|could|might)\b", re.IGNORECASE)
+_CORRECTION = re.compile(
+    r"\b(?:wait|no|not|actually|instead|rather|correct(?:ion|ed|ing)?|mistake|wrong|sorry|hmm|oops|but)\b",
+    re.IGNORECASE,
+)
+LONGEST_LINK = 200
+"""Characters between two boxes that can belong to one statement."""
+
+
+def answer_boxes(text: str) -> AnswerBoxes | None:
+    """The boxes that state the answer; None where there is none or the last one is empty.
+
+    A box that the text takes back (`\\boxed{3}, wait: \\boxed{5}`) or that stands in an earlier line is no part of it.
+    """
+    last = last_box(text)
+    if not last:
+        return None
+    listed: list[str] = []
+    nearby: list[str] = []
+    found = list(_boxes_in(text))
+    for before, after in zip(found[-2::-1], found[:0:-1]):
+        between = text[before.end : after.start]
+        if len(between) > LONGEST_LINK:
+            break
+        linked = _LINKS.fullmatch(between)
+        if not linked and ("\n" in between or _CORRECTION.search(between)):
+            break
+        if not nearby and (linked or _DOUBT.search(between)):
+            listed.append(before.content)
+        else:
+            nearby.append(before.content)
+    return AnswerBoxes(last, tuple(reversed(listed)), tuple(reversed(nearby)))
 
 
 def _box_content(text: str, start: int) -> tuple[str, int]:
@@ -93,7 +149,7 @@ _LATEX: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:approx|simeq|cong)(?![A-Za-z])", "="),
         (r"\\div(?![A-Za-z])", "/"),
         (r"\\[dtc]?frac\s*\{\s*(-?[\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}", r" \1/\2"),
-        (r"\\[dtc]?frac\s*(\d)\s*(\d)", r" \1/\2"),
+        (r"\\[dtc]?frac\s*(\d)\s*(\d)(?!\d)", r" \1/\2"),
         (r"(-)\s+(?=\d+/\d)", r"\1"),  # the sign of a fraction, parted from it by the lines above
         (r"\\([$%#&_])", r"\1"),
         (r"(?<=\d)\*\*(?=\d)", "^"),
@@ -101,6 +157,19 @@ _LATEX: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?:US|A|C|HK|NZ)?\$|[€£¥₹₩₽¢]", ""),
     )
 )
+
+
+_REPEATING = re.compile(r"(?<![\d.])(\d{0,30})\.(\d{0,30})\\(?:overline|bar)\s?\{(\d{1,30})\}")
+
+
+def _unrolled(text: str) -> str:
+    r"""Repeating decimals as fractions: `0.1\overline{6}` is `1/6`."""
+    return _REPEATING.sub(lambda digits: f" {_repeating(*digits.groups())} ", text) if "\\" in text else text
+
+
+def _repeating(whole: str, fixed: str, period: str) -> Fraction:
+    head = Fraction(int((whole or "0") + fixed), 10 ** len(fixed))
+    return head + Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(fixed))
 
 
 def plain(text: str) -> str:
@@ -200,7 +269,10 @@ def _value(match: re.Match[str]) -> Fraction | None:
     scale, power = int(exponents[0]) + int(exponents[1]), int(exponents[2])
     if abs(scale) > LARGEST_EXPONENT or abs(power) * len(digits) > LARGEST_EXPONENT or (value == 0 and power < 0):
         return None
-    value = value**power * Fraction(10) ** scale
+    if power != 1:
+        value **= power
+    if scale:
+        value *= Fraction(10) ** scale
     return -value if "-" in (match["sign"] or "") else value
 
 
@@ -236,7 +308,7 @@ def _is_mixed(text: str, whole: Number, part: Number) -> bool:
 def last_number(text: str) -> Number | None:
     """The last number of a text as people write it; its position is not kept."""
     for tail in (text[-TAIL_CHARACTERS:], text):
-        numbers = numbers_in(plain(tail))
+        numbers = numbers_in(plain(_unrolled(tail)))
         # one at the very start of the tail may have been cut in two
         if numbers and (numbers[-1].start > 0 or len(tail) == len(text)):
             return numbers[-1]
@@ -245,26 +317,62 @@ def last_number(text: str) -> Number | None:
 
 _EXPONENT = re.compile(r"\^\s?\{?\s?-?\d+\s?\}?")
 _ASIDE = re.compile(r"\([^()]*\)")
-_NOT_UNITS = re.compile(r"[\\^*+<>|_=√∞±π!]|-\s*$")
+_NOT_UNITS = re.compile(r"[\\^*+<>|_=√∞±π!≤≥≠∈~]|-\s*$")
 _LONE_VARIABLE = re.compile(r"(?<![A-Za-z])[xyznkie](?![A-Za-z])")
+_WORD = re.compile(r"[^\W\d_]+")
+_HEDGES = {
+    "or",
+    "and",
+    "also",
+    "maybe",
+    "perhaps",
+    "possibly",
+    "alternatively",
+    "about",
+    "approximately",
+    "i",
+    "e",
+    "ie",
+}
+
+
+_WORDS_IN_TEXT = re.compile(r"\\[A-Za-z]+\s*\{[A-Za-z\s.,]*\}|(?<=\d)[eE](?=[-+]?\d)")
+_LETTER = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
+_LIMIT = re.compile(
+    r"\b(?:not|if|unless|otherwise|over|under|above|below|between|half|twice|squared|cubed|factorial|remainder"
+    r"|at (?:least|most)|or (?:less|more|fewer)|(?:less|more|fewer|greater|larger|smaller|higher|lower) than)\b",
+    re.IGNORECASE,
+)
+_ONLY_DIGITS = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
+_IN_BRACKETS = re.compile(r"[(\[{].*,.*[)\]}]")
 
 
 def whole_number(text: str, words: bool = True) -> Number | None:
     r"""The number that a text is, with nothing beside it but its unit; None if it is anything else.
 
-    Of `x = 5` it is what follows the last equals sign. `words=False` refuses words outside `\text{…}` as well, for
-    places where letters may be variables.
+    Of `x = 5` it is what follows the last equals sign, unless what stands before it is no name of a value: `2x = 10`
+    and `4 = 5` are no numbers, nor are `at least 5` and the pair `(1,200)`. `words=False` refuses words outside
+    `\text{…}` as well, for places where letters may be variables.
     """
     if len(text) > LONGEST_NUMBER_TEXT:
         return None
-    if not words and re.search(r"(?<![\\A-Za-z])[A-Za-z]", re.sub(r"\\[A-Za-z]+\s*\{[A-Za-z\s.,]*\}", "", text)):
+    if _ONLY_DIGITS.fullmatch(text):  # most answers
+        return Number(Fraction(text), False, 0, len(text))
+    if not words and _LETTER.search(_WORDS_IN_TEXT.sub("", text)):
         return None
-    text = plain(text).rpartition("=")[2].strip()
+    left, equals, right = plain(_unrolled(text)).rpartition("=")
+    number = _lone_number(right.strip())
+    return number if number is None or not equals or _may_equal(left, number) else None
+
+
+def _lone_number(text: str) -> Number | None:
+    if _LIMIT.search(text) or _IN_BRACKETS.fullmatch(text):
+        return None
     if text.startswith("- "):
         text = "-" + text[1:].lstrip()
     numbers = numbers_in(text)
     if len(numbers) > 1:
-        text = _ASIDE.sub(lambda aside: " " if re.search("[A-Za-z]", aside[0]) else aside[0], text)
+        text = _without_asides(text)
         numbers = numbers_in(text)
     if len(numbers) != 1:
         return _spaced_thousands(text)
@@ -273,6 +381,39 @@ def whole_number(text: str, words: bool = True) -> Number | None:
     if _NOT_UNITS.search(rest) or _LONE_VARIABLE.search(rest) or _free_digit(rest):
         return None
     return numbers[0]
+
+
+def _without_asides(text: str) -> str:
+    """The text without brackets that say it in other units; `5 (or 6)` keeps its second answer."""
+    outside = {word.casefold() for word in _WORD.findall(_ASIDE.sub(" ", text))} | _HEDGES
+    return _ASIDE.sub(
+        lambda aside: aside[0] if {word.casefold() for word in _WORD.findall(aside[0])} <= outside else " ", text
+    )
+
+
+_GROUPS = re.compile(r"\([^()]*\)|_\s?(?:\{[^{}]*\}|\w)")
+_FUNCTION = re.compile(r"\\(?:[dtc]?frac|sqrt|sin|cos|tan|log|ln|sum|prod|int|lim|pm|le|ge|ne|in)")
+_LONG_WORD = re.compile(r"\\?[A-Za-z]{2,}")
+
+
+def _may_equal(left: str, number: Number) -> bool:
+    """Whether a number can be the value of what stands before its equals sign: names, and sums of numbers."""
+    if left.rstrip().endswith(("<", ">", "!", "≤", "≥", "≠")):
+        return False
+    return all(_names_value(part, number) for part in left.split("=") if part.strip())
+
+
+def _names_value(text: str, number: Number) -> bool:
+    if _FUNCTION.search(text):
+        return False
+    rest = _LONG_WORD.sub(" ", _GROUPS.sub(" ", text))
+    if re.search("[A-Za-z]", rest):
+        return not re.search(r"[\d+*/^-]", rest)
+    numbers = numbers_in(text)
+    if len(numbers) != 1 or number.percent or numbers[0].percent or re.search("[A-Za-z]", text):
+        return True
+    # a number before an equals sign was rounded (`18.75 \approx 19`), or the two contradict each other
+    return abs(numbers[0].value - number.value) <= max(Fraction(1, 2), abs(number.value) / 100)
 
 
 def _free_digit(rest: str) -> bool:
@@ -307,6 +448,14 @@ def _part_beside_ten(denominator: int) -> int:
         while denominator % prime == 0:
             denominator //= prime
     return denominator
+
+
+def rounds_to(exact: Fraction, rounded: Fraction) -> bool:
+    """Whether a value becomes this decimal of three or more digits when it is rounded to as many decimals."""
+    if not has_finite_decimal(rounded) or rounded.denominator == 1:
+        return False
+    places = len(number_text(Number(rounded, False, 0, 0)).partition(".")[2])
+    return abs(rounded) * 10**places >= 100 and round(exact, places) == rounded
 
 
 def number_text(number: Number) -> str:

@@ -9,27 +9,32 @@ into a `VerifierPool`; they import those libraries on their first call.
 import importlib.metadata
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from functools import cache
 from typing import Any, NamedTuple
 
 from distill.records import Outcome, Prompt, Trace, Verdict
 from distill.verifiers.answers import (
-    boxes,
+    AnswerBoxes,
+    Number,
+    answer_boxes,
     has_finite_decimal,
     last_box,
     last_number,
     number_text,
+    numbers_in,
     plain,
+    rounds_to,
     same_number,
     whole_number,
 )
+from distill.verifiers.quantities import compare_quantities
 
-MATH_TAIL_CHARACTERS = 2000
-"""How much of an answer's end `math` reads where nothing is boxed."""
 SHOWN_CHARACTERS = 80
 """Characters of an answer quoted in a verdict's detail."""
+LONGEST_STATEMENT = 300
+"""How much of an answer's last line is read for what it states."""
 
 
 class Finding(NamedTuple):
@@ -41,17 +46,18 @@ class Finding(NamedTuple):
 
 @cache
 def version_of(name: str) -> str:
-    """Version of a built-in verifier: ours, and that of the library which decides."""
-    ours = {"number": "1", "math": "1", "exact": "1", "reasoning_gym": "1"}[name]
-    library = {"math": "math-verify", "reasoning_gym": "reasoning-gym"}.get(name)
-    return ours if library is None else f"{ours}+{library}-{importlib.metadata.version(library)}"
+    """Version of a built-in verifier: ours, and those of the libraries that decide."""
+    ours = {"number": "2", "math": "2", "exact": "1", "reasoning_gym": "1"}[name]
+    libraries = {"math": ("math-verify", "latex2sympy2-extended"), "reasoning_gym": ("reasoning-gym",)}.get(name, ())
+    return "+".join([ours, *(f"{library}-{importlib.metadata.version(library)}" for library in libraries)])
 
 
 def number(prompt: Prompt, trace: Trace) -> Verdict:
     """Whether the last boxed number, or else the last number of the answer, equals the reference exactly.
 
-    A last box that is not one number (`5x`, `3, 4`, `12:30`) is wrong; an empty one is ignored. Units, currency and
-    thousands separators are ignored, `10%` equals 10 and 0.1, nothing is rounded.
+    A last box that is not one number (`5x`, `3, 4`, `12:30`) is wrong, and so is one of several that are boxed as
+    alternatives; an empty one is ignored. Currency and thousands separators are ignored, `10%` equals 10 and 0.1,
+    nothing is rounded. Known units count: `3 \\text{ hours}` is 3, and could be a reference of 180; others are ignored.
     """
     return _judge("number", prompt, trace, _number)
 
@@ -59,10 +65,11 @@ def number(prompt: Prompt, trace: Trace) -> Verdict:
 def math(prompt: Prompt, trace: Trace) -> Verdict:
     """Whether the last boxed expression, or else the last expression of the answer, equals the reference.
 
-    Plain numbers and words are compared here, everything else by math-verify. Sets a process-wide log level of
-    math-verify; may run for long.
+    See `distill.verifiers.mathematics`; may run for long.
     """
-    return _judge("math", prompt, trace, _math)
+    from distill.verifiers.mathematics import find  # which builds on this module
+
+    return _judge("math", prompt, trace, find)
 
 
 def exact(prompt: Prompt, trace: Trace) -> Verdict:
@@ -108,22 +115,87 @@ def _shown(text: str) -> str:
 
 # --- number ---------------------------------------------------------------------------------------------------------
 
+NUMBER_WORD = re.compile(
+    r"\b(?:zero|none|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen"
+    r"|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|half|third|quarter)s?\b",
+    re.IGNORECASE,
+)
+_DECIMAL_COMMA = re.compile(r"\s*(-?\d+),(\d+)\s*")
+_OR = re.compile(r"\W*(?:[A-Za-z]+\W+)?or\W+(?:(?:even|maybe|perhaps|possibly)\W+)?")
+
 
 def _number(prompt: Prompt, answer: str) -> Finding:
-    expected = whole_number(prompt.gold or "")
+    gold = prompt.gold or ""
+    expected = whole_number(gold)
     if expected is None:
-        return Finding("unverifiable", f"the reference {_shown(prompt.gold or '')!r} is not a number")
-    box = last_box(answer)
-    if box:
-        given = whole_number(box)
-        if given is None:
-            return Finding("wrong", f"boxed {_shown(box)!r} is not one number")
-    else:
-        given = last_number(answer)
-        if given is None:
-            return Finding("wrong", "no number")
-    where = "boxed" if box else "last number"
-    return Finding("correct" if same_number(given, expected) else "wrong", f"{where} {_shown(number_text(given))}")
+        return Finding("unverifiable", f"the reference {_shown(gold)!r} is not a number")
+    found = answer_boxes(answer)
+    return number_in_prose(expected, answer) if found is None else _boxed_number(gold, expected, found)
+
+
+def _boxed_number(gold: str, expected: Number, found: AnswerBoxes) -> Finding:
+    finding = _one_box(gold, expected, found.last)
+    others = [_one_box(gold, expected, box).outcome for box in found.listed]
+    if finding.outcome == "correct" and any(outcome != "correct" for outcome in others):
+        return Finding("wrong", f"boxed {_shown(', '.join((*found.listed, found.last)))!r}: more than one answer")
+    nearby = [_one_box(gold, expected, box).outcome for box in found.nearby]
+    if finding.outcome == "wrong" and "correct" in nearby:
+        return Finding("unverifiable", f"boxed {_shown(found.last)!r}, and the reference in another box beside it")
+    return finding
+
+
+def _one_box(gold: str, expected: Number, box: str) -> Finding:
+    outcome = compare_quantities(gold, box)
+    if outcome is not None:
+        return Finding(outcome, f"boxed {_shown(box)!r}")
+    given = whole_number(box)
+    if given is not None:
+        return Finding(_same_outcome(given, expected), f"boxed {_shown(number_text(given))}")
+    if could_be_number(box, expected):
+        return Finding("unverifiable", f"boxed {_shown(box)!r} can be read as the reference")
+    return Finding("wrong", f"boxed {_shown(box)!r} is not one number")
+
+
+def _same_outcome(given: Number, expected: Number) -> Outcome:
+    if same_number(given, expected):
+        return "correct"
+    rounded = not has_finite_decimal(given.value) and rounds_to(given.value, expected.value)
+    return "unverifiable" if rounded else "wrong"
+
+
+def could_be_number(text: str, expected: Number) -> bool:
+    """Whether a text that is no number may still mean this one: `3,14`, `2x = 10`, `at least 5`, `five`."""
+    text = plain(text)
+    comma = _DECIMAL_COMMA.fullmatch(text)
+    if comma:
+        return Fraction(f"{comma[1]}.{comma[2]}") == expected.value
+    before, _, after = text.rpartition("=")
+    numbers = numbers_in(after)
+    if before.rstrip().endswith(("<", ">", "!")):
+        return False
+    if len(numbers) == 1 and re.search(r"(?<![\\A-Za-z])[A-Za-z]{2}|=", text):
+        return same_number(numbers[0], expected)
+    return NUMBER_WORD.search(text) is not None
+
+
+def number_in_prose(expected: Number, answer: str) -> Finding:
+    """The last number decides; where the reference is another one of the last statement, it cannot be told."""
+    given = last_number(answer)
+    if given is None:
+        return Finding("wrong", "no number")
+    last_line = answer.strip().rpartition("\n")[2]
+    statement = plain((_after_lead(last_line) or last_line)[-LONGEST_STATEMENT:]).rpartition("=")[2]
+    outcome = compare_quantities(str(expected.value), statement.strip())
+    if outcome is not None:
+        return Finding(outcome, f"not boxed: {_shown(statement)!r}")
+    stated = numbers_in(statement)
+    if same_number(given, expected):
+        if any(_OR.fullmatch(statement[one.end : other.start]) for one, other in zip(stated[-2:], stated[-1:])):
+            return Finding("unverifiable", f"not boxed, and more than one answer: {_shown(statement)!r}")
+        return Finding("correct", f"last number {_shown(number_text(given))}")
+    if any(same_number(one, expected) for one in stated):
+        return Finding("unverifiable", f"not boxed: the reference stands somewhere in {_shown(statement)!r}")
+    return Finding("wrong", f"last number {_shown(number_text(given))}")
 
 
 # --- exact ----------------------------------------------------------------------------------------------------------
@@ -165,109 +237,6 @@ def _after_lead(line: str) -> str | None:
     unmarked = line.replace("**", "")
     ends = [lead.end() for lead in _ANSWER_IS.finditer(unmarked)]
     return unmarked[ends[-1] :].strip() or None if ends else None
-
-
-# --- math -----------------------------------------------------------------------------------------------------------
-
-_ONLY_WORDS = re.compile(r"\(?[A-Za-z][A-Za-z .,'-]*\)?")
-_BASE = re.compile(r"_\{?(\d+)\}?")
-CLOSE_ENOUGH = Fraction(1, 10**6)
-"""Relative difference up to which a decimal stands for a fraction that has no finite decimal."""
-
-
-def _math(prompt: Prompt, answer: str) -> Finding:
-    gold = last_box(prompt.gold or "") or (prompt.gold or "").strip().strip("$")
-    box = last_box(answer)
-    if not box:
-        return _unboxed(gold, answer)
-    decided = _as_numbers(gold, box) or _as_words(gold, box)
-    if decided:
-        return decided
-    # several boxes may give one part each: `x = \boxed{2}` or `x = \boxed{3}`
-    all_boxes = list(dict.fromkeys(boxes(answer)))
-    readings = [box] if len(all_boxes) < 2 else [box, ", ".join(all_boxes)]
-    return _as_expressions(gold, [f"\\boxed{{{reading}}}" for reading in readings], box)
-
-
-def _unboxed(gold: str, answer: str) -> Finding:
-    """Compare an answer in prose: what it names as its answer, else its last number, else what math-verify finds."""
-    last_line = answer.strip().rpartition("\n")[2].strip()
-    named = re.sub(r"\\[()]|(?<!\\)\$", "", _after_lead(last_line) or "").strip().removesuffix(".")
-    decided = _as_numbers(gold, named) or _as_words(gold, named)
-    if decided and decided.outcome == "correct":
-        return decided
-    expected, found = whole_number(gold, words=False), last_number(answer)
-    if expected is not None and found is not None and same_number(found, expected):
-        return Finding("correct", f"last number {_shown(number_text(found))}")
-    if _is_words(gold) and re.search(rf"\b{re.escape(normalised(gold).strip('()'))}\b", normalised(last_line)):
-        return Finding("unverifiable", f"not boxed: the reference stands somewhere in {_shown(last_line)!r}")
-    readings = [answer[-MATH_TAIL_CHARACTERS:], *([f"\\boxed{{{named}}}"] if named else [])]
-    return _as_expressions(gold, readings, named or answer[-SHOWN_CHARACTERS:])
-
-
-def _as_numbers(gold: str, given: str) -> Finding | None:
-    """Compare two plain numbers exactly: math-verify rounds to six decimals, so 1e-7 would equal 2e-7."""
-    expected, found = whole_number(gold, words=False), whole_number(given, words=False)
-    if expected is None or found is None:
-        return None
-    same = same_number(found, expected) or _stands_for(found.value, expected.value)
-    return Finding("correct" if same else "wrong", f"answer {_shown(number_text(found))}")
-
-
-def _stands_for(a: Fraction, b: Fraction) -> bool:
-    endless = [value for value in (a, b) if not has_finite_decimal(value)]
-    return len(endless) == 1 and abs(a - b) <= CLOSE_ENOUGH * abs(endless[0])
-
-
-def _as_words(gold: str, given: str) -> Finding | None:
-    """Compare two answers in words as text: as symbols `on` and `no` would be the same product."""
-    expected, found = normalised(gold), normalised(given)
-    if expected == found:
-        return Finding("correct", f"answer {_shown(given)!r}")
-    if min(len(expected), len(found)) < 2 or not (_is_words(expected) and _is_words(found)):
-        return None
-    same = expected.strip("()") == found.strip("()")
-    return Finding("correct" if same else "wrong", f"answer {_shown(given)!r}")
-
-
-def _is_words(text: str) -> bool:
-    return _ONLY_WORDS.fullmatch(normalised(text)) is not None
-
-
-def _as_expressions(gold: str, readings: Sequence[str], shown: str) -> Finding:
-    """Let math-verify compare the reference with any of the readings of an answer."""
-    where = f"answer {_shown(shown)!r}"
-    expected = _parse(f"\\boxed{{{gold}}}")
-    try:
-        same = bool(expected) and any(_same_expression(expected, _parse(reading)) for reading in readings)
-    except Exception as error:  # sympy raises whatever it likes
-        return Finding("unverifiable", f"{where}: cannot be compared ({type(error).__name__})")
-    if not same and all(isinstance(part, str) for part in expected):
-        return Finding("unverifiable", f"math-verify cannot read the reference {_shown(gold)!r}")
-    if same and _BASE.findall(gold) and _BASE.findall(shown) and _BASE.findall(gold) != _BASE.findall(shown):
-        return Finding("wrong", f"{where}: another number base")  # math-verify drops the base
-    return Finding("correct" if same else "wrong", where)
-
-
-def _parse(text: str) -> list[Any]:
-    from math_verify import parse
-
-    _silence_math_verify()
-    return list(parse(text, parsing_timeout=None))
-
-
-def _same_expression(expected: list[Any], given: list[Any]) -> bool:
-    from math_verify import verify
-
-    return bool(verify(expected, given, timeout_seconds=None, raise_on_error=True))
-
-
-@cache
-def _silence_math_verify() -> None:
-    """math-verify warns once a process that nothing limits its time; the pool does."""
-    import logging
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 # --- reasoning-gym --------------------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 A verifier may loop for ever, crash or be hostile to time limits inside its own process, so the limit is kept from
 outside: a verdict that takes too long becomes `timeout`, a worker that dies becomes `error`, and the next verdict gets
 a new worker. Workers are started afresh (never forked: this process may hold threads and locks of torch), one small
-pool for each verifier, which it loads before the clock of its first verdict starts. `number` and `exact` take time
-linear in the answer and run in this process.
+pool for each verifier, which it loads before the clock of its first verdict starts. `number`, `exact` and `choice` take
+time linear in the answer and run in this process. The parts of a combination run each in their own way, beside one
+another; a judge, which costs money, is asked last and only where the other parts leave the verdict open.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -25,16 +26,26 @@ from typing import IO, Any, Self
 from distill.errors import EngineError, RecipeError
 from distill.records import Prompt, Trace, Verdict
 from distill.runs import available_cores
-from distill.verifiers import VerifierSpec, Verify, judge, resolve, verdict_of
+from distill.verifiers import JUDGE, VerifierSpec, Verify, judge, resolve, verdict_of
+from distill.verifiers.combination import combine, decided
+from distill.verifiers.judging import unasked
+from distill.verifiers.program import check_sandbox
+from distill.verifiers.structured import load_schema
 
 MOST_WORKERS = 8
 """Workers of a pool that was not told how many; verifying is seldom what a run waits for."""
 AHEAD = 32
 """Verdicts in flight beyond the one that is waited for."""
-SLOW_IMPORTS = {"math": "math_verify", "reasoning_gym": "reasoning_gym"}
+SLOW_IMPORTS = {"math": "math_verify", "reasoning_gym": "reasoning_gym", "json_schema": "jsonschema"}
 """What a worker imports before its first verdict, so that importing does not count as verifying."""
 ORPHAN_GRACE_S = 10.0
 """How long after its limit a worker ends itself, should nobody be left to end it."""
+
+
+Judging = Callable[[VerifierSpec, Prompt, Trace], Awaitable[Verdict]]
+"""Asks a judge about a trace; `spec.section` is its `JudgeVerifier`."""
+Begun = Verdict | Future[Verdict] | list["Begun"] | None
+"""A verdict, one that a worker is at, those of a combination's parts, or None for a judge that is not asked yet."""
 
 
 class VerifierPool:
@@ -46,16 +57,22 @@ class VerifierPool:
 
     `workers` limits the processes of each verifier (0: one a core this process may use, at most 8). `timeout_s`
     overrides the limits of the verifiers themselves. `by_source` gives the verifiers of prompt sources by name, as the
-    recipe has them now; a prompt of another source is judged by the verifier that its own record names.
+    recipe has them now; a prompt of another source is judged by the verifier that its own record names. `judging` asks
+    judges; a pool without it refuses them, and only `verify` can ask.
     """
 
     def __init__(
-        self, workers: int = 0, timeout_s: float | None = None, by_source: Mapping[str, VerifierSpec] | None = None
+        self,
+        workers: int = 0,
+        timeout_s: float | None = None,
+        by_source: Mapping[str, VerifierSpec] | None = None,
+        judging: Judging | None = None,
     ) -> None:
         cores = available_cores()
         self.workers = min(workers, cores) if workers > 0 else min(cores, MOST_WORKERS)
         self.timeout_s = timeout_s
         self.by_source = dict(by_source or {})
+        self.judging = judging
         self._specs: dict[str, VerifierSpec] = {}
         self._light: dict[VerifierSpec, Verify] = {}
         self._pools: dict[VerifierSpec, Any] = {}
@@ -64,28 +81,38 @@ class VerifierPool:
     def verify_many(self, pairs: Iterable[tuple[Prompt, Trace]]) -> Iterator[Verdict]:
         """Verdicts in the order of the pairs, which are read only a little ahead.
 
-        Raises EngineError if worker processes cannot be started at all, RecipeError for an unknown verifier.
+        Raises EngineError if worker processes cannot be started at all, RecipeError for an unknown verifier and for a
+        judge, which only `verify` can ask.
         """
-        waiting: deque[tuple[Prompt, Trace, Verdict | Future[Verdict]]] = deque()
+        waiting: deque[tuple[VerifierSpec, Prompt, Trace, Begun]] = deque()
         try:
             for prompt, trace in pairs:
-                waiting.append((prompt, trace, self._begin(prompt, trace)))
+                spec = self._spec(prompt)
+                if any(leaf.name == JUDGE for leaf in spec.leaves()):
+                    raise RecipeError(_needs_judging(spec))
+                waiting.append((spec, prompt, trace, self._begin(spec, prompt, trace)))
                 if len(waiting) > AHEAD:
                     yield self._finish(*waiting.popleft())
             while waiting:
                 yield self._finish(*waiting.popleft())
         finally:
-            for _, _, begun in waiting:
-                if isinstance(begun, Future):
-                    begun.cancel()
+            for _, _, _, begun in waiting:
+                for future in _futures(begun):
+                    future.cancel()
 
     async def verify(self, prompt: Prompt, trace: Trace) -> Verdict:
-        """One verdict, without holding up the event loop."""
-        begun = self._begin(prompt, trace)
-        if isinstance(begun, Future):
-            # only waited for: the result, whatever it is, is read in one place; cancelling this frees the worker
-            await asyncio.gather(asyncio.wrap_future(begun), return_exceptions=True)
-        return self._finish(prompt, trace, begun)
+        """One verdict, without holding up the event loop.
+
+        Raises RecipeError for a judge in a pool that cannot ask any.
+        """
+        spec = self._spec(prompt)
+        if self.judging is None and any(leaf.name == JUDGE for leaf in spec.leaves()):
+            raise RecipeError(_needs_judging(spec))
+        begun = self._begin(spec, prompt, trace)
+        # only waited for: the results, whatever they are, are read in one place; cancelling this frees the workers
+        futures = [asyncio.wrap_future(future) for future in _futures(begun)]
+        await asyncio.gather(*futures, return_exceptions=True)
+        return await self._settle(spec, prompt, trace, begun)
 
     def close(self) -> None:
         """End every worker, at work or not, and wait until they are gone."""
@@ -109,14 +136,33 @@ class VerifierPool:
             self._specs[prompt.verifier] = resolve(prompt.verifier)
         return self._specs[prompt.verifier]
 
-    def _begin(self, prompt: Prompt, trace: Trace) -> Verdict | Future[Verdict]:
-        """The verdict where it is quickly had, else its future."""
-        spec = self._spec(prompt)
+    def _begin(self, spec: VerifierSpec, prompt: Prompt, trace: Trace) -> Begun:
+        """The verdict where it is quickly had, else what will become of it."""
+        if spec.parts:
+            return [self._begin(part, prompt, trace) for part in spec.parts]
+        if spec.name == JUDGE:
+            return unasked(spec.label, spec.section, prompt, trace)
         if not spec.light:
             return self._submit(spec, prompt, trace)
         if spec not in self._light:
             self._light[spec] = spec.load()
         return judge(spec, self._light[spec], prompt, trace)
+
+    async def _settle(self, spec: VerifierSpec, prompt: Prompt, trace: Trace, begun: Begun) -> Verdict:
+        """The verdict of a pair whose workers are done; asks the judges that it takes."""
+        if begun is None:
+            assert self.judging is not None  # `verify` has seen to it
+            return await self.judging(spec, prompt, trace)
+        if not isinstance(begun, list):
+            return self._finish(spec, prompt, trace, begun)
+        # parts that cost nothing more first; the verdicts stay in the order of the recipe
+        order = sorted(range(len(begun)), key=lambda at: _asks(begun[at]))
+        said: list[Verdict | str] = [part.label for part in spec.parts]
+        for at in order:
+            outcomes = [verdict.outcome for verdict in said if isinstance(verdict, Verdict)]
+            if not _asks(begun[at]) or decided(spec.name, outcomes, len(said)) is None:
+                said[at] = await self._settle(spec.parts[at], prompt, trace, begun[at])
+        return combine(spec.label, spec.name, prompt, trace, said)
 
     def _submit(self, spec: VerifierSpec, prompt: Prompt, trace: Trace) -> Future[Verdict]:
         limit_s = self.timeout_s or spec.timeout_s
@@ -130,13 +176,16 @@ class VerifierPool:
                 self._drop(spec)
         raise EngineError(_cannot_start(spec))
 
-    def _finish(self, prompt: Prompt, trace: Trace, begun: Verdict | Future[Verdict], again: bool = True) -> Verdict:
-        """The verdict of a pair, whatever became of the worker that had it."""
+    def _finish(self, spec: VerifierSpec, prompt: Prompt, trace: Trace, begun: Begun, again: bool = True) -> Verdict:
+        """The verdict of a pair, whatever became of the workers that had it."""
         from pebble import ProcessExpired
 
+        assert begun is not None  # judges are asked by `_settle`
         if isinstance(begun, Verdict):
             return begun
-        spec = self._spec(prompt)
+        if isinstance(begun, list):
+            verdicts = [self._finish(part, prompt, trace, one) for part, one in zip(spec.parts, begun)]
+            return combine(spec.label, spec.name, prompt, trace, verdicts)
         try:
             verdict = begun.result()
         except TimeoutError:
@@ -147,7 +196,7 @@ class VerifierPool:
         except BrokenProcessPool as error:
             self._drop(spec)
             if again:
-                return self._finish(prompt, trace, self._submit(spec, prompt, trace), again=False)
+                return self._finish(spec, prompt, trace, self._submit(spec, prompt, trace), again=False)
             if spec not in self._delivered:
                 raise EngineError(_cannot_start(spec)) from error
             return verdict_of(prompt, trace, "error", "the worker died", spec.label)
@@ -176,14 +225,42 @@ class VerifierPool:
             pool.join()
 
 
+def _futures(begun: Begun) -> Iterator[Future[Verdict]]:
+    if isinstance(begun, Future):
+        yield begun
+    for part in begun if isinstance(begun, list) else ():
+        yield from _futures(part)
+
+
+def _asks(begun: Begun) -> bool:
+    """Whether a judge would have to be asked."""
+    return any(map(_asks, begun)) if isinstance(begun, list) else begun is None
+
+
+def _needs_judging(spec: VerifierSpec) -> str:
+    return (
+        f"verifier {spec.label} asks a judge, and nothing here can ask one; judges need the stages of a recipe"
+        " (`distill run`), or a VerifierPool with `judging` and its `verify`"
+    )
+
+
 def check_verifier(spec: VerifierSpec, prompt: Prompt) -> None:
-    """Load a verifier of the user's own and let it judge a trial answer to a prompt, in a process of its own.
+    """Try a verifier before a run: whether there is a sandbox for `code`, whether a schema can be used, whether one of
+    the user's own judges a trial answer to a prompt, in a process of its own.
 
     Raises RecipeError if it cannot be loaded, takes too long, ends its process or returns no Verdict. That it raises
     on this answer is accepted: that would be one `error` verdict, not a broken verifier.
     """
-    if not spec.custom:
-        return
+    for leaf in spec.leaves():
+        if leaf.name == "code":
+            check_sandbox(leaf.section)
+        elif leaf.name == "json_schema":
+            load_schema(leaf.section.file)
+        elif leaf.custom:
+            _check_custom(leaf, prompt)
+
+
+def _check_custom(spec: VerifierSpec, prompt: Prompt) -> None:
     from pebble import ProcessExpired
 
     with VerifierPool(workers=1) as pool:

@@ -16,15 +16,17 @@ import pytest
 
 from distill.config import Budget, Prices, Sampling, TeacherConfig
 from distill.engines import Completion, Request
-from distill.errors import BudgetError, DataError, EngineError, RunError
+from distill.errors import BudgetError, DataError, EngineError, IncompleteError, LockedError, RunError
 from distill.interrupts import Stop
 from distill.progress import Bar
 from distill.records import Message, Prompt, Trace, Usage, read_records, write_records
-from distill.runs import RunOptions, SealedRun, Step
+from distill.runs import RunOptions, SealedRun, Shard, Step, open_sealed
 from distill.teachers import generate
 from distill.teachers.budget import Purse, cost_usd
-from distill.teachers.generate import Collection, Wanted, trace_of
-from distill.teachers.ledger import Ledger, Spent
+from distill.teachers.collection import Collection, trace_of
+from distill.teachers.forgetting import forget
+from distill.teachers.ledger import Ledger
+from distill.teachers.sampling import Ladder, Rung, Wanted, policy_of
 
 SECRET = "sk-very-secret-0123456789"
 CONCURRENCY = 4
@@ -39,7 +41,7 @@ def asking(server: Any, n: int = 1, **more: Any) -> dict[str, Any]:
     """A teacher section that asks a test server."""
     endpoint = {"base_url": server.base_url, "concurrency": CONCURRENCY, "max_retries": 0, "timeout_s": 20}
     sampling = {"n": n, "temperature": 0.6, "max_new_tokens": 64}
-    return {"engine": "openai", "model": "r1", "endpoint": endpoint, "sampling": sampling} | more
+    return {"engine": "openai", "model": "r1", "endpoint": endpoint, "sampling": sampling, "probe": False} | more
 
 
 def traces_of(sealed: SealedRun, name: str = "traces.jsonl") -> list[Trace]:
@@ -178,21 +180,39 @@ def test_failures_are_listed_counted_and_asked_again_by_the_next_run_only(
         return chat.Reply(500, b'{"error": {"message": "boom"}}') if bad else chat.Reply()
 
     with chat.ChatServer(plan) as server:
-        sealed = lab.generate(problems(8), asking(server))
-        assert picked(sealed.counts, "answered", "failed") == (6, 2)
-        failures = traces_of(sealed, "failed.jsonl")
+        recipe = lab.recipe(asking(server))
+        step = lab.step(recipe, lab.prompts(problems(8)))
+        with pytest.raises(IncompleteError, match=r"2 requests failed .* most often with: 500 boom") as caught:
+            generate.run(recipe, step, lab.options)
+        assert caught.value.exit_code == 3 and not step.sealed
+        failures = list(read_records(step.folder / "failed.jsonl", Trace))  # listed though nothing is sealed
         assert [failure.prompt_id for failure in failures] == [problems(8)[i].prompt_id for i in (2, 5)]
         assert {failure.error for failure in failures} == {"500 boom (tried 1 times)"}
-        assert "2 of 8 requests failed" in capfd.readouterr().err
         broken.clear()
-        mended = lab.generate(problems(9), asking(server))
-        assert picked(mended.counts, "answered", "failed", "reused", "asked") == (9, 0, 6, 3)
-    assert [trace.attempt for trace in traces_of(mended)] == [0, 0, 1, 0, 0, 1, 0, 0, 0]
+        mended = generate.run(recipe, step, lab.options)
+        assert picked(mended.counts, "answered", "failed", "reused", "asked") == (8, 0, 6, 2)
+    assert [trace.attempt for trace in traces_of(mended)] == [0, 0, 1, 0, 0, 1, 0, 0]
+
+
+def test_a_partial_run_is_sealed_on_request_only_and_says_what_is_missing(
+    chat: Any, lab: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan = lambda number, _: chat.Reply(500, b"boom") if number % 4 == 0 else chat.Reply()  # noqa: E731
+    with chat.ChatServer(plan) as server:
+        recipe = lab.recipe(asking(server))
+        step = lab.step(recipe, lab.prompts(problems(8)))
+        with pytest.raises(IncompleteError):
+            generate.run(recipe, step, lab.options)
+        asked = len(server.requests)
+        partial = generate.run(recipe, step, replace(lab.options, accept_partial=True, ask=False))
+        assert len(server.requests) == asked  # nothing is asked for
+    assert picked(partial.counts, "answered", "failed", "missing") == (6, 2, 2)
+    assert "sealed with 2 wanted samples missing" in capfd.readouterr().err
 
 
 def test_a_failure_is_part_of_the_digest(chat: Any, lab: Any) -> None:
     def digest(name: str, bad: int, message: str = "boom") -> str:
-        reply = chat.Reply(500, message.encode())
+        reply = chat.Reply(413, message.encode())  # a refusal: an outage would not be sealed
         plan = lambda _, body: reply if body["messages"][-1]["content"] == f"problem {bad}" else chat.Reply()  # noqa: E731
         with chat.ChatServer(plan) as server:
             return str(replace(lab, runs=lab.runs / name).generate(problems(4), asking(server)).digest)
@@ -218,14 +238,14 @@ def test_an_error_that_most_of_the_first_requests_share_is_said_at_once(
     chat: Any, lab: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     plan = lambda number, _: chat.Reply(500, b"no capacity") if number % 4 else chat.Reply()  # noqa: E731
-    with chat.ChatServer(plan) as server:
+    with chat.ChatServer(plan) as server, pytest.raises(IncompleteError):
         lab.generate(problems(40), asking(server))
     assert "of the first 20 requests failed: 500 no capacity" in capfd.readouterr().err
 
 
 def test_a_few_failures_raise_no_alarm(chat: Any, lab: Any, capfd: pytest.CaptureFixture[str]) -> None:
     plan = lambda number, _: chat.Reply() if number % 4 else chat.Reply(500, b"no capacity")  # noqa: E731
-    with chat.ChatServer(plan) as server:
+    with chat.ChatServer(plan) as server, pytest.raises(IncompleteError):
         lab.generate(problems(40), asking(server))
     assert "of the first" not in capfd.readouterr().err
 
@@ -279,13 +299,14 @@ def test_the_key_reaches_no_file_and_no_output_even_if_the_server_echoes_it(
     echo = chat.completion({"content": f"key {SECRET}", "reasoning": SECRET}, model=SECRET)
     error = chat.Reply(500, json.dumps({"error": {"message": f"bad {SECRET}"}}).encode())
     with chat.ChatServer(lambda number, _: error if number % 2 else chat.Reply(), lambda _: echo) as server:
-        lab.generate(problems(30), asking(server))
+        with pytest.raises(IncompleteError, match="<OPENAI_API_KEY>") as caught:
+            lab.generate(problems(30), asking(server))
         assert server.authorizations[0] == f"Bearer {SECRET}"  # it was there to leak
     files = [path for path in lab.runs.rglob("*") if path.is_file()]
     assert len(files) >= 8
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
     said = capfd.readouterr()
-    assert SECRET not in said.err + said.out and "<OPENAI_API_KEY>" in said.err
+    assert SECRET not in said.err + said.out + str(caught.value)
 
 
 def test_a_second_process_is_refused_while_the_ledger_is_being_written(chat: Any, lab: Any) -> None:
@@ -348,7 +369,7 @@ def test_a_server_that_counts_no_tokens_cannot_outrun_a_budget(chat: Any, lab: A
 
 def test_hours_are_those_of_the_clock(tmp_path: Path) -> None:
     ledger, now = Ledger(tmp_path), [1000.0]
-    purse = Purse(Budget(hours=0.5), ledger, Spent(), clock=lambda: now[0])
+    purse = Purse(Budget(hours=0.5), {"cfg": ledger}, {}, clock=lambda: now[0])
     assert purse.fits(in_flight=100)
     now[0] += 1799
     assert purse.fits(in_flight=100) and purse.reached() is None
@@ -360,7 +381,7 @@ def test_hours_are_those_of_the_clock(tmp_path: Path) -> None:
 
 def test_before_the_first_answer_only_one_request_goes_out_under_a_budget(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
-    purse = Purse(Budget(output_tokens=10), ledger, Spent())
+    purse = Purse(Budget(output_tokens=10), {"cfg": ledger}, {})
     assert purse.fits(in_flight=0) and not purse.fits(in_flight=1)
     ledger.close()
 
@@ -368,8 +389,161 @@ def test_before_the_first_answer_only_one_request_goes_out_under_a_budget(tmp_pa
 def test_cost_is_by_the_recipes_prices() -> None:
     priced = TeacherConfig(engine="solver", prices=Prices(input_usd_per_mtok=0.55, output_usd_per_mtok=2.19))
     usage = Usage(input=1_000_000, output=2_000_000)
-    assert cost_usd(priced, usage, "") == pytest.approx(0.55 + 2 * 2.19)
-    assert cost_usd(TeacherConfig(engine="solver"), usage, "") == 0
+    assert cost_usd(priced, Completion(("p", 0), usage=usage)) == pytest.approx(0.55 + 2 * 2.19)
+    assert cost_usd(TeacherConfig(engine="solver"), Completion(("p", 0), usage=usage)) == 0
+
+
+# --- token limits, adaptive sampling, probes ------------------------------------------------------------------------
+
+
+def test_a_cut_off_answer_is_asked_again_with_a_higher_limit_and_both_are_kept(chat: Any, lab: Any) -> None:
+    def answer(body: Mapping[str, Any]) -> Any:
+        enough = body["max_tokens"] >= 200
+        return chat.completion({"content": "9" if enough else "9 and"}, finish="stop" if enough else "length")
+
+    with chat.ChatServer(answer=answer) as server:
+        sealed = lab.generate(problems(3), asking(server, escalate=[100, 200, 400]))
+        assert sorted(body["max_tokens"] for body in server.requests) == [64] * 3 + [100] * 3 + [200] * 3
+        assert len({body["seed"] for body in server.requests}) == 3  # a longer answer has the same seed
+        assert [trace.finish_reason for trace in traces_of(sealed)] == ["length", "length", "stop"] * 3
+        assert picked(sealed.counts, "samples", "answered", "escalated", "asked") == (3, 9, 6, 9)
+        # what was bought with a limit is found again by a recipe that begins with it
+        sampling = {"temperature": 0.6, "max_new_tokens": 200}
+        again = lab.generate(problems(3), asking(server, sampling=sampling))
+        assert picked(again.counts, "answered", "asked") == (3, 0)
+
+
+def test_until_stops_a_prompt_once_enough_verify_and_says_how_many_were_satisfied(chat: Any, lab: Any) -> None:
+    hopeless = "problem 1"
+
+    def answer(body: Mapping[str, Any]) -> Any:
+        text = body["messages"][-1]["content"]
+        right = text != hopeless and (text != "problem 2" or body["seed"] % 2)
+        return chat.completion({"content": f"\\boxed{{{len(text) if right else 0}}}", "reasoning": "so"})
+
+    with chat.ChatServer(answer=answer) as server:
+        sealed = lab.generate(problems(4), asking(server, until={"correct": 1, "tries": 5}))
+        by_prompt = [[t.sample for t in traces_of(sealed) if t.prompt_id == p.prompt_id] for p in problems(4)]
+        assert (by_prompt[0], by_prompt[1], by_prompt[3]) == ([0], [0, 1, 2, 3, 4], [0])
+        assert by_prompt[2] == list(range(len(by_prompt[2])))
+        assert sealed.counts["satisfied"] == 3
+        assert sealed.counts["asked"] == len(server.requests) == sum(map(len, by_prompt))
+
+
+def test_each_server_is_tried_before_the_work_but_not_when_there_is_none(
+    chat: Any, lab: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    answer = lambda body: chat.completion({"content": "9"}, model="another-model")  # noqa: E731
+    with chat.ChatServer(answer=answer) as server:
+        sealed = lab.generate(problems(3), asking(server, probe=True))
+        assert len(server.requests) == 4 and sealed.counts["asked"] == 3
+        assert "another-model" in capfd.readouterr().err
+        lab.generate(problems(2), asking(server, probe=True))
+        assert len(server.requests) == 4
+
+
+# --- removal on request ---------------------------------------------------------------------------------------------
+
+
+def test_a_removed_prompt_leaves_the_ledger_and_every_later_view_and_is_never_asked_again(chat: Any, lab: Any) -> None:
+    gone = problems(3)[1]
+    with chat.ChatServer() as server:
+        sealed = lab.generate(problems(3), asking(server, n=2))
+        done = forget(lab.runs, [gone.prompt_id], "asked by the author")
+        assert (done.prompts, done.lines, done.stages, done.purged) == (1, 4, (sealed.folder,), False)
+        for path in lab.runs.glob("ledger/*/*.jsonl"):
+            assert gone.prompt_id not in path.read_text()
+        assert '"reason":"asked by the author"' in (lab.runs / "ledger" / "tombstones.jsonl").read_text()
+        later = lab.generate(problems(4), asking(server, n=2))
+        assert {trace.prompt_id for trace in traces_of(later)} == {problems(4)[i].prompt_id for i in (0, 2, 3)}
+        assert len(server.requests) == 8
+        again = forget(lab.runs, [gone.prompt_id], "again", purge=True)
+        assert (again.prompts, again.lines, again.stages) == (0, 0, (sealed.folder,))
+        assert not sealed.folder.exists() and later.folder.exists()
+
+
+@pytest.mark.parametrize("prompt_id", ["", "xyz", "0123456789abcde", "0123456789ABCDEF", "../../../../etc"])
+def test_an_id_that_is_none_removes_nothing(lab: Any, prompt_id: str) -> None:
+    with pytest.raises(DataError, match="16 hex digits"):
+        forget(lab.runs, [prompt_id], "why")
+    assert not lab.runs.exists()
+
+
+# --- shards ---------------------------------------------------------------------------------------------------------
+
+
+def sharded(lab: Any, index: int, of: int) -> RunOptions:
+    return replace(lab.options, shard=Shard(index, of))
+
+
+def test_shards_answer_their_parts_and_together_they_are_the_whole(chat: Any, lab: Any) -> None:
+    with chat.ChatServer() as server:
+        whole = replace(lab, runs=lab.runs / "whole").generate(problems(20), asking(server))
+        server.requests.clear()
+        recipe = lab.recipe(asking(server))
+        step = lab.step(recipe, lab.prompts(problems(20)))
+        with pytest.raises(IncompleteError, match="20 wanted samples have no answer"):
+            generate.run(recipe, step, replace(lab.options, ask=False))
+        for index in (3, 1, 2):
+            generate.run_shard(recipe, step, sharded(lab, index, 3))
+        assert len(server.requests) == 20 and not step.sealed
+        merged = generate.run(recipe, step, replace(lab.options, ask=False))
+        assert len(server.requests) == 20
+    assert merged.digest == whole.digest
+    assert picked(merged.counts, "answered", "reused", "asked") == (20, 20, 0)
+
+
+def test_answers_of_one_sharding_are_found_by_another_and_by_none(chat: Any, lab: Any) -> None:
+    with chat.ChatServer() as server:
+        recipe = lab.recipe(asking(server))
+        step = lab.step(recipe, lab.prompts(problems(20)))
+        generate.run_shard(recipe, step, sharded(lab, 1, 2))
+        half = len(server.requests)
+        assert 0 < half < 20
+        for index in range(1, 5):
+            generate.run_shard(recipe, step, sharded(lab, index, 4))
+        assert len(server.requests) == 20
+        assert generate.run(recipe, step, lab.options).counts["asked"] == 0
+
+
+def test_a_shard_and_another_number_of_shards_or_the_whole_never_write_at_once(chat: Any, lab: Any) -> None:
+    with chat.ChatServer() as server:
+        recipe = lab.recipe(asking(server))
+        step = lab.step(recipe, lab.prompts(problems(3)))
+        with generate.open_work(recipe, step, sharded(lab, 1, 2)):
+            with pytest.raises(LockedError, match="shard 1/2 of the ledger is being written"):
+                generate.run_shard(recipe, step, sharded(lab, 1, 2))
+            with pytest.raises(LockedError, match="the ledger is being written"):
+                generate.run(recipe, step, lab.options)
+            with pytest.raises(RunError, match="all shards of one run must give the same N"):
+                generate.run_shard(recipe, step, sharded(lab, 1, 3))
+            generate.run_shard(recipe, step, sharded(lab, 2, 2))
+        assert generate.run(recipe, step, lab.options).counts["answered"] == 3
+
+
+def test_answers_of_another_machine_are_taken_over_once(chat: Any, lab: Any) -> None:
+    with chat.ChatServer() as server:
+        recipe = lab.recipe(asking(server))
+        here, there = lab, replace(lab, runs=lab.runs / "there")
+        steps = [one.step(recipe, one.prompts(problems(20))) for one in (here, there)]
+        generate.run_shard(recipe, steps[0], sharded(here, 1, 2))
+        generate.run_shard(recipe, steps[1], sharded(there, 2, 2))
+        came = generate.take_over(recipe, steps[0], here.options, [there.runs])
+        assert came == len(server.requests) - 20 + sum(Shard(2, 2).has(p.prompt_id) for p in problems(20)) > 0
+        assert generate.take_over(recipe, steps[0], here.options, [there.runs]) == 0
+        assert generate.run(recipe, steps[0], here.options).counts["asked"] == 0
+        with pytest.raises(DataError, match="no answers to this recipe's teacher"):
+            generate.take_over(recipe, steps[0], here.options, [lab.runs / "nowhere"])
+
+
+def test_shards_share_a_budget(chat: Any, lab: Any) -> None:
+    with chat.ChatServer() as server:
+        recipe = lab.recipe(asking(server, budget={"output_tokens": 200}))  # ten answers
+        step = lab.step(recipe, lab.prompts(problems(60)))
+        for index in (1, 2):
+            with pytest.raises(BudgetError):
+                generate.run_shard(recipe, step, sharded(lab, index, 2))
+        assert len(server.requests) == 10
 
 
 # --- kills and signals ----------------------------------------------------------------------------------------------
@@ -463,6 +637,82 @@ def test_a_run_that_is_killed_again_and_again_ends_equal_and_buys_no_received_an
     assert resumed.counts["possibly_paid_twice"] <= CONCURRENCY
 
 
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_two_hundred_kills_at_random_moments_lose_nothing_and_buy_nothing_received_twice(chat: Any, lab: Any) -> None:
+    dice, kills, prompts = random.Random(11), 200, 2000
+    life = {"answered": 0, "most": 10**9}
+
+    def plan(number: int, body: Mapping[str, Any]) -> Any:
+        life["answered"] += 1  # so that the run does not end before the last kill
+        hang = life["answered"] > life["most"]
+        return chat.Reply(how="hang") if hang else chat.Reply(delay_s=random.random() / 20)
+
+    with chat.ChatServer(plan) as server:
+        whole = replace(lab, runs=lab.runs / "whole").generate(problems(prompts), asking(server))
+        server.requests.clear()
+        job = Job(lab, server, prompts)
+        known: set[tuple[str, int]] = set()
+        seed_of = {trace.sampling["seed"]: (trace.prompt_id, trace.sample) for trace in traces_of(whole)}
+        for _ in range(kills):
+            before = len(server.requests)
+            life |= {"answered": 0, "most": 9}
+            process = job.start()
+            if dice.random() < 0.9:  # the others are killed while they start
+                wait_for(lambda before=before: len(server.requests) > before, timeout_s=60)
+            time.sleep(dice.random() * 0.3)
+            process.kill()
+            process.communicate()
+            asked_now = {seed_of[body["seed"]] for body in server.requests[before:]}
+            assert asked_now.isdisjoint(known)  # whatever had been received is not asked for again
+            assert len(server.requests) - before - len(job.answers() - known) <= CONCURRENCY
+            known = job.answers()
+        life["most"] = 10**9
+        before = len(server.requests)
+        resumed = generate.run(lab.recipe(asking(server)), job.step, lab.options)
+        assert {seed_of[body["seed"]] for body in server.requests[before:]}.isdisjoint(known)
+    assert kills < len(known) < prompts
+    assert resumed.digest == whole.digest
+    twice = sum(server.asked.values()) - len(server.asked)
+    assert 0 < twice <= kills * CONCURRENCY
+    assert resumed.counts["possibly_paid_twice"] <= CONCURRENCY * kills
+
+
+def test_with_a_fifth_of_the_requests_going_wrong_every_prompt_is_answered_once_or_listed_as_failed(
+    chat: Any, lab: Any
+) -> None:
+    dice = random.Random(5)
+    faults = [
+        lambda: chat.Reply(429, b"slow down", {"Retry-After": "0"}),
+        lambda: chat.Reply(500, b"boom"),
+        lambda: chat.Reply(how="reset"),
+        lambda: chat.Reply(200, b""),
+        lambda: chat.Reply(200, b'{"choices": [{"mess'),
+    ]
+    refused = "problem 77"
+
+    def plan(number: int, body: Mapping[str, Any]) -> Any:
+        if body["messages"][-1]["content"] == refused:
+            return chat.Reply(413, b"too large")
+        return dice.choice(faults)() if dice.random() < 0.2 else chat.Reply()
+
+    with chat.ChatServer(plan) as server:
+        recipe = lab.recipe(asking(server))  # no retries: what fails is left to the next run
+        step = lab.step(recipe, lab.prompts(problems(200)))
+        runs = 0
+        while not step.sealed and (runs := runs + 1) < 20:
+            try:
+                generate.run(recipe, step, lab.options)
+            except IncompleteError:
+                failed = list(read_records(step.folder / "failed.jsonl", Trace))
+                assert len({trace.prompt_id for trace in failed}) == len(failed) > 1
+    sealed = open_sealed(step.folder)
+    assert runs > 1 and picked(sealed.counts, "answered", "failed") == (199, 1)
+    assert [trace.prompt_id for trace in traces_of(sealed)] == [
+        prompt.prompt_id for prompt in problems(200) if prompt.text != refused
+    ]
+
+
 def test_the_first_signal_waits_for_what_is_in_flight_and_the_run_goes_on_later(chat: Any, lab: Any) -> None:
     with chat.ChatServer(lambda *_: chat.Reply(delay_s=0.3)) as server:
         job = Job(lab, server, 12)
@@ -525,8 +775,9 @@ class BatchEngine:
 
 def collect(engine: Any, prompts: Path, ledger: Ledger, purse: Purse | None = None, n: int = 1) -> Collection:
     teacher = TeacherConfig(engine="transformers", model="m", sampling={"n": n})
-    purse = purse or Purse(teacher.budget, ledger, Spent())
-    work = Collection(engine, teacher, "cfg", Wanted(prompts, teacher), ledger, purse, Bar("test", None), Stop())
+    purse = purse or Purse(teacher.budget, {"cfg": ledger}, {})
+    ladder = Ladder((Rung(teacher.sampling, "cfg", ledger),))
+    work = Collection(engine, teacher, policy_of(teacher), ladder, Wanted(prompts), purse, Bar("test", None), Stop())
     asyncio.run(work.run())
     return work
 
@@ -589,16 +840,16 @@ def test_a_batch_with_nothing_owed_is_skipped_and_members_that_were_there_are_no
         collect(BatchEngine(4, 6), ten, ledger)
     before = (tmp_path / "l" / "journal.jsonl").read_text().count("\n")
     work = collect(BatchEngine(4), ten, ledger)
-    assert work.asked == 4 and work.finished
+    assert work.progress.asked == 4 and work.finished
     assert (tmp_path / "l" / "journal.jsonl").read_text().count("\n") == before + 4
     ledger.close()
 
 
 def test_a_budget_stops_a_batch_engine_between_batches(ten: Path, tmp_path: Path) -> None:
     ledger = open_at(tmp_path / "l")
-    purse = Purse(Budget(output_tokens=10), ledger, Spent())  # a batch of four is guessed at 8 tokens
+    purse = Purse(Budget(output_tokens=10), {"cfg": ledger}, {})  # a batch of four is guessed at 8 tokens
     work = collect(BatchEngine(4), ten, ledger, purse)
-    assert (work.asked, work.finished) == (4, False)
+    assert (work.progress.asked, work.finished) == (4, False)
     ledger.close()
 
 
@@ -637,7 +888,7 @@ def test_requests_are_pulled_one_by_one_and_journalled_before_they_are_sent(ten:
 
     engine = Watching(1)
     engine.batch_size = None
-    assert collect(engine, ten, ledger).asked == 10
+    assert collect(engine, ten, ledger).progress.asked == 10
     ledger.close()
 
 
