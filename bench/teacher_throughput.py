@@ -29,6 +29,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from load.measure import RESULT
+
 STAGE_OF_BARE = 0.97
 """Bar: answers of the whole stage in the window, as a share of the bare client's."""
 AUTO_SHARE, AUTO_WITHIN_S = 0.90, 60.0
@@ -44,7 +46,6 @@ RATE_OVER_S = 10
 ROOT = Path(__file__).resolve().parent.parent
 CLIENTS = ROOT / "bench" / "load"
 OUT = ROOT / "build" / "bench"
-RESULT = "RESULT "
 
 
 @dataclass

@@ -237,7 +237,8 @@ def _of_place(place: Place) -> Iterator[Shown]:
         yield from _items(items, place.label)
         return
     holder = place.upstream.get("traces", place.folder)
-    if not (holder / "traces.jsonl").is_file():
+    # a run that is not finished lists its failures already
+    if not any((holder / name).is_file() for name in ("traces.jsonl", "failed.jsonl")):
         raise RunError(f"{place.folder}: no traces in it yet; run the same command again to finish the stage")
     prompts = _prompts(place, holder)
     for name in ("traces.jsonl", "failed.jsonl"):

@@ -173,7 +173,7 @@ def as_text(pilot: Pilot) -> str:
     rows: list[tuple[str, Estimate | None, Callable[[float], str]]] = [
         ("accepted share", pilot.yield_, lambda x: f"{x:.1%}"),
         ("output tokens", pilot.output_tokens, lambda x: f"{x:,.0f}"),
-        ("dollars", pilot.total_usd, lambda x: f"${x:,.2f}"),
+        ("dollars", pilot.total_usd, lambda x: f"${x:,.2f}" if x >= 1 else f"${x:.4f}"),
         (f"hours at {pilot.in_flight:g} in flight", pilot.hours, lambda x: f"{x:,.2f}"),
         ("dollars per accepted trace", pilot.usd_per_accepted, lambda x: f"${x:,.5f}"),
         ("tokens per accepted trace", pilot.tokens_per_accepted, lambda x: f"{x:,.0f}"),

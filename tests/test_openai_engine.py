@@ -267,15 +267,15 @@ def test_trouble_that_passes_is_tried_again(reply: Any) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_keep_alives_before_the_answer_reset_the_idle_time_out(stream: bool) -> None:
-    with failing(1, Reply(how="blank-lines", delay_s=0.3)) as server:  # four times, so 1.2 s in all
-        done = one(server, timeout_s=0.7, stream=stream)
+    with failing(1, Reply(how="blank-lines", delay_s=0.5)) as server:  # four times, so 2 s in all
+        done = one(server, timeout_s=1.5, stream=stream)
     assert (done.attempts, done.answer) == (1, "\\boxed{10}")
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_server_that_falls_silent_in_the_middle_is_given_up_and_asked_again(stream: bool) -> None:
     with failing(1, Reply(how="stall")) as server:
-        done = one(server, timeout_s=0.4, stream=stream)
+        done = one(server, timeout_s=1, stream=stream)
     assert (done.error, done.attempts, done.answer) == (None, 2, "\\boxed{10}")
 
 
@@ -388,7 +388,7 @@ def test_with_faults_in_a_fifth_of_the_requests_every_prompt_is_answered_or_fail
         return FAULTS[number // 5 % len(FAULTS)] if number % 5 == 0 else Reply()
 
     with ChatServer(plan, answer=lambda body: counted(answer_of(body))) as server:
-        done = ask(engine(server, max_retries=6, timeout_s=0.5, stream=stream, concurrency=24), requests(300))
+        done = ask(engine(server, max_retries=6, timeout_s=1.5, stream=stream, concurrency=24), requests(300))
     wanted = {request.key: request for request in requests(300)}
     assert sorted(item.key for item in done) == sorted(wanted)  # none lost, none doubled
     failed = [item for item in done if item.error]
@@ -427,7 +427,7 @@ def test_a_streamed_answer_equals_the_same_answer_in_one_piece(answer: dict[str,
 @pytest.mark.parametrize("how", ["truncated", "reset", "hang"])
 def test_a_stream_that_breaks_off_is_asked_for_again(how: str) -> None:
     with failing(2, Reply(how=how)) as server:
-        done = one(server, stream=True, timeout_s=0.5)
+        done = one(server, stream=True, timeout_s=1)
     assert (done.error, done.attempts, done.answer) == (None, 3, "\\boxed{10}")
 
 

@@ -17,7 +17,16 @@ import pytest
 
 from distill.config import FormatConfig, Sampling, TeacherConfig, VllmOptions, hashed_fields
 from distill.engines import Completion, Request, open_engine, stream
-from distill.engines.vllm import VllmEngine, at_most, own_interrupts, preflight, read_ends, roots, start_vllm
+from distill.engines.vllm import (
+    VllmEngine,
+    at_most,
+    end_with_us,
+    own_interrupts,
+    preflight,
+    read_ends,
+    roots,
+    start_vllm,
+)
 from distill.errors import EngineError, MissingExtraError, ModelError
 from distill.format import set_template
 from distill.models import find_model, load_tokenizer
@@ -382,3 +391,20 @@ def test_ctrl_c_does_not_reach_what_is_started_inside() -> None:
     outside = subprocess.run(show, capture_output=True, text=True).stdout
     assert (inside.strip(), outside.strip()) == ("True", "False")
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_what_was_started_ends_with_the_process_that_is_killed() -> None:
+    held = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    ours = f"""if 1:
+        import time, types
+        from distill.engines.vllm import end_with_us
+        watcher = end_with_us([types.SimpleNamespace(pid={held.pid})])
+        print("watched", flush=True)
+        time.sleep(60)
+    """
+    with subprocess.Popen([sys.executable, "-c", ours], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "watched\n"
+        assert held.poll() is None
+        process.kill()
+    assert held.wait(30) == -signal.SIGTERM
+    assert end_with_us([]) is None

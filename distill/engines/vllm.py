@@ -9,11 +9,15 @@ it shares a step with: sampled text, and greedy text at near ties, need not come
 import asyncio
 import importlib.util
 import itertools
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,6 +65,20 @@ def model_source(teacher: TeacherConfig) -> ModelSource:
     return source
 
 
+WATCHER = """
+import os, signal, sys, time
+sys.stdin.read()
+for signum in (signal.SIGTERM, signal.SIGKILL):
+    for pid in map(int, sys.argv[1:]):
+        try:
+            os.kill(pid, signum)
+        except ProcessLookupError:
+            pass
+    time.sleep(5)
+"""
+"""A process that ends others when the one that holds the other end of its standard input is gone."""
+
+
 class Scores(NamedTuple):
     """What a model makes of a text, in nats (natural logarithms); row i is about the token at `positions[i]`."""
 
@@ -94,6 +112,7 @@ class VllmEngine:
         self.most = most
         self._llm: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._watcher: subprocess.Popen[bytes] | None = None
         self._numbers = itertools.count()
 
     @classmethod
@@ -141,18 +160,27 @@ class VllmEngine:
 
     async def close(self) -> None:
         """Stop vLLM's processes and free the model."""
+        self._stop()
+
+    def _stop(self) -> None:
         if self._llm is not None:
             self._llm.shutdown()
             self._llm = None
+        if self._watcher is not None:
+            self._watcher.kill()
+            self._watcher.communicate()
+            self._watcher = None
 
     def _started(self) -> Any:
         """vLLM's engine, which belongs to the event loop that it was made in."""
         loop = asyncio.get_running_loop()
-        if self._llm is not None and self._loop is not loop:
-            self._llm.shutdown()
-            self._llm = None
+        if self._loop is not loop:
+            self._stop()
         if self._llm is None:
-            self._llm, self._loop = self.start(), loop
+            before = set(multiprocessing.active_children())
+            with own_interrupts():
+                self._llm, self._loop = self.start(), loop
+                self._watcher = end_with_us(set(multiprocessing.active_children()) - before)
         return self._llm
 
     async def _answer(self, request: Request) -> Completion:
@@ -261,8 +289,7 @@ def start_vllm(source: ModelSource, options: VllmOptions) -> Any:
     if options.kv_cache_gb is not None:
         arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gb * BYTES_PER_GB)
     try:
-        with own_interrupts():
-            return AsyncLLMEngine.from_engine_args(AsyncEngineArgs(**arguments))
+        return AsyncLLMEngine.from_engine_args(AsyncEngineArgs(**arguments))
     except Exception as error:  # every way in which a model, a device or memory can fail; the log has the details
         first = (str(error).strip().splitlines() or [""])[0]
         raise EngineError(
@@ -281,6 +308,12 @@ def own_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_us(processes: Iterable[BaseProcess]) -> "subprocess.Popen[bytes] | None":
+    """See to it that processes end when this one does, be it by kill -9: vLLM's would keep their memory for ever."""
+    pids = [str(process.pid) for process in processes]
+    return subprocess.Popen([sys.executable, "-c", WATCHER, *pids], stdin=subprocess.PIPE) if pids else None
 
 
 def check_device(options: RunOptions) -> None:

@@ -197,9 +197,9 @@ class Flow:
         while True:
             lease = lease or await self.pool.lease(request, tries.servers)
             server, tries.sent = lease.server, tries.sent + 1
-            outcome = await self._ask(request, lease)
+            outcome = await self._ask(request, lease, tries.sent)
             if isinstance(outcome, Completion):
-                return outcome._replace(attempts=tries.sent)
+                return outcome
             tries.count(server, outcome)
             if outcome.kind == "fatal":
                 self.pool.take_out(server, as_error(outcome))
@@ -212,7 +212,7 @@ class Flow:
                 await asyncio.sleep(self.engine.delay_s(max(tries.failed, 1), outcome.wait_s))
             lease = None
 
-    async def _ask(self, request: Request, lease: Lease) -> Completion | Trouble:
+    async def _ask(self, request: Request, lease: Lease, attempt: int) -> Completion | Trouble:
         """One try, with what it says of its server."""
         server = lease.server
         try:
@@ -222,8 +222,11 @@ class Flow:
                 server.failed(lease, outcome)
                 return outcome
             server.answered(lease, request, outcome.usage)
-            cost_usd = server.cost_usd(outcome.usage, outcome.raw)
-            return outcome._replace(latency_s=time.perf_counter() - started, cost_usd=cost_usd)
+            return outcome._replace(
+                latency_s=time.perf_counter() - started,
+                attempts=attempt,
+                cost_usd=server.cost_usd(outcome.usage, outcome.raw),
+            )
         finally:
             self.pool.give_back(lease)
 

@@ -201,6 +201,9 @@ class Pool:
 
     def pick(self, now: float, tried: AbstractSet[Server] = frozenset()) -> Server | None:
         """The server for the next request, one that was not tried if there is one; None where there is no room now."""
+        if len(self.live) == 1:
+            (server,) = self.live
+            return server if server.in_flight < server.allowed and server.wait_s(now) == 0.0 else None
         candidates = [server for server in self.live if server.open(now)]
         if not candidates:  # none is healthy, or all are paused: the request's own back-off is wait enough
             unpaused = [server for server in self.live if server.wait_s(now) == 0.0]
