@@ -7,13 +7,15 @@ answer appended when it comes. Verdicts that take a process of their own never h
 """
 
 import asyncio
+import gc
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
-from distill.config import TeacherConfig, Until
+from distill.config import Sampling, TeacherConfig, Until
 from distill.engines import Completion, Engine, Request, stream
 from distill.interrupts import Stop
 from distill.progress import Bar, say
@@ -34,6 +36,10 @@ MOST_UNJUDGED = 1024
 """Traces that wait for a verdict before the next answer is taken: memory stays bounded."""
 BREATHE_EVERY = 32
 """Answers after which other tasks get their turn, for engines that never wait."""
+
+YOUNG_OBJECTS = 50_000
+"""New objects before a garbage collection: a thousand requests in flight hold so many that Python's 700 would have them
+all looked through again and again, a sixth of the processor time."""
 
 Verify = Callable[[Prompt, Trace], Awaitable[Verdict]]
 
@@ -119,6 +125,8 @@ class Collection:
     async def run(self) -> None:
         """Ask until nothing is owed, the budget is reached or a signal comes; answers in flight are waited for."""
         watchers = [asyncio.create_task(self._acknowledge_stop()), asyncio.create_task(self._sync_regularly())]
+        thresholds = gc.get_threshold()
+        gc.set_threshold(YOUNG_OBJECTS, *thresholds[1:])
         try:
             await (self._one_by_one() if self.engine.batch_size is None else self._in_waves(self.engine.batch_size))
             await self._verdicts_in()
@@ -126,6 +134,7 @@ class Collection:
             for task in (*watchers, *self._verdicts):
                 task.cancel()
             await asyncio.gather(*watchers, *self._verdicts, return_exceptions=True)
+            gc.set_threshold(*thresholds)
             await self.engine.close()
 
     # --- independent requests ---
@@ -407,11 +416,21 @@ def _run_through(work: Any) -> None:
     raise RuntimeError("a light verifier waited for something; it must not be marked as light")
 
 
+@cache
+def _drawn(sampling: Sampling) -> dict[str, Any]:
+    """How a trace was drawn, for its record."""
+    return sampling.model_dump(mode="json", exclude={"n", "seed"}, exclude_none=True)
+
+
+@lru_cache(maxsize=256)
+def _author(engine: str, version: str, model: str, revision: str | None, licence: str | None) -> Teacher:
+    return Teacher(engine=engine, engine_version=version, model=model, revision=revision, licence=licence)
+
+
 def trace_of(
     request: Request, attempt: int, completion: Completion, teacher: TeacherConfig, engine: Engine, cfg: str
 ) -> Trace:
     """The record of one completion."""
-    sampling = request.sampling.model_dump(mode="json", exclude={"n", "seed"}, exclude_none=True)
     content = completion.raw if completion.error is None else completion.error
     return Trace(
         trace_id=digest_json([cfg, *request.key, content])[:16],
@@ -427,14 +446,14 @@ def trace_of(
         usage=completion.usage,
         cost_usd=cost_usd(teacher, completion),
         latency_s=round(completion.latency_s, 6),
-        teacher=Teacher(
-            engine=engine.name,
-            engine_version=engine.version,
-            model=completion.model or teacher.model,
-            revision=completion.revision or teacher.revision,
-            licence=teacher.licence,
+        teacher=_author(
+            engine.name,
+            engine.version,
+            completion.model or teacher.model,
+            completion.revision or teacher.revision,
+            teacher.licence,
         ),
-        sampling={**sampling, "seed": request.seed},
+        sampling={**_drawn(request.sampling), "seed": request.seed},
         token_ids=completion.token_ids,
         error=completion.error,
         retryable=completion.retryable,

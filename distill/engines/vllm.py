@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
@@ -303,6 +304,7 @@ def own_interrupts() -> Iterator[None]:
     """Keep Ctrl-C from the processes that are started inside: vLLM's would drop what is in flight, and it is for us to
     say when they end. They inherit what this thread blocks.
     """
+    resource_tracker.ensure_running()  # starting it later would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
