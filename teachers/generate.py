@@ -34,6 +34,9 @@ from .judging import Judges, open_judges
 from .ledger import FOLDER, Key, Ledger, cfg_of, open_for_reading, open_ledger, samplings, sent_to_teacher
 from .sampling import Course, Ladder, Rung, Wanted, policy_of, replay, request_of
 
+LOST_REASONING = "reasoning:"
+"""How a probe's note begins that says reasoning was billed and not sent."""
+
 
 def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
     """Refuse a teacher that cannot answer here: a missing key, package or file. Spends nothing and writes nothing.
@@ -237,6 +240,8 @@ class Work:
             probe = await self.engine.probe(request_of(owed.longest, 0, self.ladder.rungs[-1].sampling, self.teacher))
             self.purse.pay_probe(probe.usage, self.teacher.prices)
             for note in probe.notes:
+                if note.startswith(LOST_REASONING) and self.recipe.select.reasoning == "required":
+                    raise EngineError(f"{self.label}: {note}; select.reasoning is required, so no trace could train")
                 say(f"{self.label}: {note}")
         try:
             await self.collection.run()

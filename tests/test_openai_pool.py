@@ -143,7 +143,7 @@ def test_a_lone_server_in_trouble_is_asked_for_one_at_a_time(servers: Any) -> No
 
     def plan(number: int, body: dict[str, Any]) -> Any:
         seen.append(server.in_flight)
-        return Reply(500, delay_s=0.005)
+        return Reply(500, delay_s=0.03)
 
     (server,) = servers(plan)
     done = ask(engine(server, concurrency=16, max_retries=0), requests(60))

@@ -433,13 +433,23 @@ def test_until_stops_a_prompt_once_enough_verify_and_says_how_many_were_satisfie
 def test_each_server_is_tried_before_the_work_but_not_when_there_is_none(
     chat: Any, lab: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    answer = lambda body: chat.completion({"content": "9"}, model="another-model")  # noqa: E731
+    answer = lambda _: chat.completion({"content": "9", "reasoning": "so"}, model="another-model")  # noqa: E731
     with chat.ChatServer(answer=answer) as server:
         sealed = lab.generate(problems(3), asking(server, probe=True))
         assert len(server.requests) == 4 and sealed.counts["asked"] == 3
         assert "another-model" in capfd.readouterr().err
         lab.generate(problems(2), asking(server, probe=True))
         assert len(server.requests) == 4
+
+
+def test_a_server_that_keeps_its_reasoning_to_itself_is_refused_before_the_work(chat: Any, lab: Any) -> None:
+    with chat.ChatServer(answer=lambda _: chat.completion({"content": "9"})) as server:
+        with pytest.raises(EngineError, match=r"reasoning: .*; select\.reasoning is required"):
+            lab.generate(problems(3), asking(server, probe=True))
+        assert len(server.requests) == 1
+        relaxed = lab.recipe(asking(server, probe=True), select={"reasoning": "optional"})
+        sealed = generate.run(relaxed, lab.step(relaxed, lab.prompts(problems(3))), lab.options)
+        assert sealed.counts["reasoning_lost"] == 3
 
 
 # --- removal on request ---------------------------------------------------------------------------------------------
