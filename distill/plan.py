@@ -143,7 +143,7 @@ class Planner:
             return None
         roots = self._teacher_roots()
         fields = {"teacher": hashed_fields(teacher), "roots": roots}
-        if teacher.engine in ("transformers", "onnx"):
+        if teacher.engine in ("transformers", "onnx", "vllm"):
             # a local teacher reads the format's markers and renders with the recipe's template
             fields["format"] = hashed_fields(self.recipe.format)
         if teacher.engine == "recorded":

@@ -104,6 +104,10 @@ def sent_to_teacher(
         sent["roots"] = dict(roots)
     if teacher.engine in ("transformers", "onnx"):
         sent |= {"batch_size": teacher.batch_size, "format": hashed_fields(format)}
+    if teacher.engine == "vllm":
+        sent |= {"vllm": hashed_fields(teacher.vllm), "format": hashed_fields(format)}
+    if teacher.continuous_batching:
+        sent["continuous_batching"] = True  # who shares a batch is then a matter of time
     if teacher.engine in ("solver", "recorded"):
         sent["version"] = engine_version
     if teacher.engine == "recorded":

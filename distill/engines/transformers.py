@@ -2,7 +2,8 @@
 
 Requests are answered in whole batches with left padding; a batch's text depends on its members, so the caller cuts
 batches from the full list (see `Engine.batch_size`). Greedy text is reproducible at equal device, threads and library
-versions; sampled text too, since every batch is seeded from its requests.
+versions; sampled text too, since every batch is seeded from its requests. With `continuous_batching` the engine is
+`distill.engines.continuous`, which is not.
 """
 
 import time
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from distill.config import FormatConfig, TeacherConfig
-from distill.engines import Completion, Request, in_batches
+from distill.engines import Completion, Engine, Request, in_batches
 from distill.format import (
     encode_prompt,
     opens_reasoning,
@@ -60,9 +61,14 @@ class TransformersEngine:
         self.batch_size: int | None = batch_size
 
     @classmethod
-    def from_teacher(cls, teacher: TeacherConfig, format: FormatConfig, options: RunOptions) -> "TransformersEngine":
+    def from_teacher(cls, teacher: TeacherConfig, format: FormatConfig, options: RunOptions) -> Engine:
         """Load the recipe's teacher with its own template (bf16 on every device)."""
-        return cls.load(teacher.model, teacher.revision or "main", format, teacher.batch_size, "bfloat16", options)
+        batched = cls.load(teacher.model, teacher.revision or "main", format, teacher.batch_size, "bfloat16", options)
+        if not teacher.continuous_batching:
+            return batched
+        from distill.engines.continuous import ContinuousEngine
+
+        return ContinuousEngine(batched.model, batched.tokenizer, format, teacher.batch_size)
 
     @classmethod
     def load(

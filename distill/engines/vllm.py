@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from distill.config import FormatConfig, TeacherConfig, VllmOptions
 from distill.engines import Completion, Request
+from distill.engines.in_flight import at_most
 from distill.engines.transformers import completion_of, end_ids_of, no_room
 from distill.errors import EngineError, MissingExtraError, ModelError
 from distill.format import encode_prompt, render_prompt, set_template, with_own_system
@@ -224,36 +225,6 @@ class VllmEngine:
         prompt = {"type": "token", "prompt_token_ids": list(ids)}
         outputs = [output async for output in llm.generate(prompt, params, str(next(self._numbers)))]
         return outputs[-1]
-
-
-async def at_most(
-    most: int, requests: AsyncIterable[Request], answer: Callable[[Request], Awaitable[Completion]]
-) -> AsyncIterator[Completion]:
-    """Answers as they are ready, at most `most` requests being answered at a time, however long a pull waits.
-
-    What `requests` or `answer` raises comes out here, and what was going on is cancelled.
-    """
-    source, exhausted = aiter(requests), False
-    pulls: set[asyncio.Future[Any]] = set()
-    answering: set[asyncio.Future[Any]] = set()
-    try:
-        while not exhausted or answering:
-            if not (pulls or exhausted) and len(answering) < most:
-                pulls = {asyncio.ensure_future(anext(source, None))}
-            await asyncio.wait([*pulls, *answering], return_when=asyncio.FIRST_COMPLETED)
-            for pull in [pull for pull in pulls if pull.done()]:
-                pulls = set()
-                if (request := pull.result()) is None:
-                    exhausted = True
-                else:
-                    answering.add(asyncio.ensure_future(answer(request)))
-            for answered in [future for future in answering if future.done()]:
-                answering.discard(answered)
-                yield answered.result()
-    finally:
-        for future in (*pulls, *answering):
-            future.cancel()
-        await asyncio.gather(*pulls, *answering, return_exceptions=True)
 
 
 def scores_at(
