@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--problems", type=Path, default=ROOT.parent / "shared/data/problems/gsm8k_train.jsonl")
     parser.add_argument("--vllm-python", type=Path, default=ROOT / "build/venvs/vllm/bin/python")
-    parser.add_argument("--at-once", type=int, default=16, help="requests in flight")
+    parser.add_argument("--at-once", type=int, default=32, help="requests in flight")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--runs", type=Path, help="run store to keep; killed runs go on from there")
