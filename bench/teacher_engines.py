@@ -44,14 +44,14 @@ def main() -> int:
     """Run it and print the table."""
     given = arguments()
     folder = model_folder(given.models)
-    with tempfile.TemporaryDirectory() as scratch, serving(given.vllm_python, folder, Path(scratch), given) as address:
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch, serving(given.vllm_python, folder, given) as address:
         recipe = write_recipe(Path(scratch), given, address)
         runs = given.runs or Path(scratch) / "runs"
         for stage in ("generate", "select"):
             distill(stage, recipe, runs)
         found = measured(runs, given)
     show(found)
-    OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(found, indent=2) + "\n")
     return 0
 
@@ -91,8 +91,8 @@ def model_folder(models: Path) -> Path:
 
 
 @contextmanager
-def serving(python: Path, folder: Path, scratch: Path, given: argparse.Namespace) -> Iterator[str]:
-    """vLLM's own server on a free port of this machine; yields its address up to /v1."""
+def serving(python: Path, folder: Path, given: argparse.Namespace) -> Iterator[str]:
+    """vLLM's own server on a free port of this machine; yields its address. Its log lies beside the result."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -111,13 +111,14 @@ def serving(python: Path, folder: Path, scratch: Path, given: argparse.Namespace
         given.at_once,
     ]
     command += ["--kv-cache-memory-bytes", 2_000_000_000, "--enforce-eager", "--generation-config", "vllm"]
+    command += ["--no-enable-chunked-prefill"]  # see distill.engines.vllm
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
-    log = scratch / "server.log"
+    log = OUT.with_suffix(".server.log")
     with log.open("w") as out:
         process = subprocess.Popen(
             [str(word) for word in command], stdout=out, stderr=out, env=environment, start_new_session=True

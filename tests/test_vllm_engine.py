@@ -336,6 +336,10 @@ def test_options_reach_vllm_by_its_own_names(tiny_model: TinyModel, fake: Any) -
     }
     assert local["quantization"] == "fp8" and local["skip_tokenizer_init"] is True
     assert "kv_cache_memory_bytes" not in local and hub["kv_cache_memory_bytes"] == 1_500_000_000
+    assert local["enable_chunked_prefill"] is False, "on a processor"
+    sys.modules["vllm.platforms"].current_platform.device_type = "cuda"
+    start_vllm(find_model("some/model"), VllmOptions())
+    assert "enable_chunked_prefill" not in fake.started[-1]
 
 
 def test_only_what_changes_text_is_part_of_the_identity() -> None:

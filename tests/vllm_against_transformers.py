@@ -2,7 +2,8 @@
 
     python vllm_against_transformers.py MODEL_FOLDER
 
-Prints as JSON how many of eight texts are equal, and how far apart logprobs of a text are, in nats.
+Prints as JSON how many of eight texts are equal, how far apart logprobs of a text are, in nats, and how many of 32
+sampled texts came whose prompts do not fit one step.
 """
 
 import asyncio
@@ -29,14 +30,17 @@ def main(folder: str) -> dict[str, float]:
     engine = VllmEngine.from_teacher(teacher, FormatConfig(), RunOptions())
     prompts = [Prompt.of([Message(role="user", content=f"What is {n} + {3 * n}?")]) for n in range(11, 19)]
     requests = [Request(prompt, 0, Sampling(max_new_tokens=NEW_TOKENS), 1) for prompt in prompts]
+    long = Prompt.of([Message(role="user", content="Add one and one and one. " * 40)])
+    drawn = [Request(long, sample, Sampling(max_new_tokens=2, temperature=1.0), sample) for sample in range(1, 33)]
     ids = [
         encode_prompt(engine.tokenizer, render_prompt(engine.tokenizer, p.messages, FormatConfig())) for p in prompts
     ]
-    written, scores = asyncio.run(write_and_score(engine, requests, ids[0]))
+    written, scores = asyncio.run(write_and_score(engine, [*requests, *drawn], ids[0]))
     model = load_model(find_model(folder))
     expected = [generate_ids(model, [prompt], NEW_TOKENS)[0] for prompt in ids]
     equal = sum(written[request.key] == text for request, text in zip(requests, expected))
-    return {"texts": len(expected), "equal_texts": equal, **differences(model, ids[0], scores)}
+    sampled = sum(key[1] > 0 for key in written)
+    return {"texts": len(expected), "equal_texts": equal, "sampled": sampled, **differences(model, ids[0], scores)}
 
 
 async def write_and_score(

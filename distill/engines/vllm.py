@@ -248,6 +248,7 @@ def scores_at(
 def start_vllm(source: ModelSource, options: VllmOptions) -> Any:
     """A running vLLM engine; to be called in the event loop that will use it. Raises EngineError."""
     from vllm import AsyncEngineArgs, AsyncLLMEngine
+    from vllm.platforms import current_platform
 
     arguments = {
         "model": source.where,
@@ -260,6 +261,9 @@ def start_vllm(source: ModelSource, options: VllmOptions) -> Any:
     }
     if options.kv_cache_gb is not None:
         arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gb * BYTES_PER_GB)
+    if current_platform.device_type == "cpu":
+        # a prompt that is read in pieces sets its sampler's random state back, which ends vLLM on a processor
+        arguments["enable_chunked_prefill"] = False
     try:
         return AsyncLLMEngine.from_engine_args(AsyncEngineArgs(**arguments))
     except Exception as error:  # every way in which a model, a device or memory can fail; the log has the details
