@@ -27,6 +27,7 @@ for _name, _value in {
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from distill.api import check as check
     from distill.api import evaluate as evaluate
     from distill.api import export_model as export_model
     from distill.api import forget as forget
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from distill.api import make_plan as make_plan
     from distill.api import merge as merge
     from distill.api import pilot as pilot
+    from distill.api import push_data_set as push_data_set
+    from distill.api import push_model as push_model
     from distill.api import run as run
     from distill.api import select as select
     from distill.api import train as train
@@ -78,7 +81,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "distill.api": (
         "make_plan", "run", "generate", "generate_shard", "generate_shards", "merge", "pilot", "forget", "select",
-        "train", "evaluate", "export_model", "inspect", "write_viewer", "verify", "write_report",
+        "push_data_set", "check", "train", "push_model", "evaluate", "export_model", "inspect", "write_viewer",
+        "verify", "write_report",
     ),
     "distill.config": ("Recipe", "load_recipe", "recipe_from"),
     "distill.errors": (

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from distill import pipeline, plan
 from distill.config import Recipe, load_recipe
+from distill.hub import check_push
 from distill.inspection import Filters, Shown, name_of, show
 from distill.pipeline import Outcome
 from distill.plan import Plan
+from distill.processes import launched
 from distill.runs import RunOptions, Shard
 
 if TYPE_CHECKING:
     from distill.export.verify import Check
+    from distill.students.check import Finding
     from distill.teachers.forgetting import Forgotten
     from distill.teachers.pilot import Pilot
     from distill.viewer import Written
@@ -117,9 +120,41 @@ def select(recipe: Recipe | Path | str, **where: Unpack[Where]) -> Outcome:
     return run(recipe, "select", **where)
 
 
+def push_data_set(recipe: Recipe | Path | str, repo: str, private: bool = False, **where: Unpack[Where]) -> str:
+    """Select, where that is not done, and upload the data set with its card to `USER/NAME` of the hub.
+
+    Returns its address. Takes the token from HF_TOKEN. Raises RecipeError or DataError before any work for what cannot
+    be pushed from here, DataError with the hub's own words if it refuses.
+    """
+    _late("distill.teachers.hub", "check_push")(repo)
+    selected = select(recipe, **where).results["select"]
+    return str(_late("distill.teachers.hub", "push")(selected, repo, private))
+
+
 def train(recipe: Recipe | Path | str, **where: Unpack[Where]) -> Outcome:
     """Train the student through all its phases; the last of `train:0`, `train:1`, … is the model."""
     return run(recipe, "train", **where)
+
+
+def push_model(recipe: Recipe | Path | str, repo: str, private: bool = False, **where: Unpack[Where]) -> str:
+    """Train, where that is not done, and upload the last phase's checkpoint with its card to `USER/NAME` of the hub.
+
+    Returns its address. Raises as `push_data_set` does.
+    """
+    check_push(repo)
+    outcome = train(recipe, **where)
+    *_, last = (step.label for step in outcome.plan.until("train") if step.stage == "train")
+    if not launched().main:
+        return ""  # the main process uploads
+    return str(_late("distill.students.hub", "push")(outcome.results[last], repo, private))
+
+
+def check(recipe: Recipe | Path | str, **where: Unpack[Where]) -> "list[Finding]":
+    """Look for what would go wrong in the recipe's training: one finding a check, `failed` ones with what to do.
+
+    Makes traces that are free where they are missing, and buys none.
+    """
+    return list(_late("distill.students.check", "check")(_recipe(recipe), options(**where)))
 
 
 def evaluate(recipe: Recipe | Path | str, **where: Unpack[Where]) -> Outcome:

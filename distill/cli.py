@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill import __version__
-from distill.errors import DistillError, Interrupted, RecipeError, storage_errors
+from distill.errors import DistillError, GateError, Interrupted, RecipeError, storage_errors
 from distill.interrupts import interruptible
 
 if TYPE_CHECKING:
@@ -37,14 +37,13 @@ app = typer.Typer(
 )
 
 STAGE_VERBS = {
-    "train": ("train", "Train the student on the selected traces, resuming from its last checkpoint."),
     "eval": ("eval", "Measure teacher, base and student on the recipe's sets, with intervals."),
     "export": ("export", "Make the ONNX artifact and hold each variant against the recipe's gates."),
     "run": (None, "Run all of the recipe's stages, resuming where it stopped."),
 }
 """Verbs that run a recipe up to a stage (None: all of it)."""
 
-RESERVED = ("score", "check", "sweep", "compare", "bench", "chat", "serve", "runs", "gc")
+RESERVED = ("score", "sweep", "compare", "bench", "chat", "serve", "runs", "gc")
 """Verbs that later versions will have; refused by name so that no script comes to rely on them."""
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)]
@@ -66,6 +65,11 @@ Partial = Annotated[
     bool, typer.Option("--accept-partial", help="Take the traces that are there as all there are; ask for none.")
 ]
 Require = Annotated[bool, typer.Option("--require", help="Count a gate that could not run as failed.")]
+PushToHub = Annotated[
+    str | None,
+    typer.Option("--push-to-hub", metavar="USER/NAME", help="Upload the result with its card; takes HF_TOKEN."),
+]
+Private = Annotated[bool, typer.Option("--private", help="With --push-to-hub: a new repository is private.")]
 
 
 def main() -> None:
@@ -297,11 +301,8 @@ def select(
     reverify: Annotated[
         bool, typer.Option("--reverify", help="Verify all stored traces again and say which verdicts changed.")
     ] = False,
-    push_to_hub: Annotated[
-        str | None,
-        typer.Option("--push-to-hub", metavar="USER/NAME", help="Upload the data set and its card; takes HF_TOKEN."),
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: a new one is private.")] = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     runs: RunsFolder = Path("runs"),
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -322,14 +323,13 @@ def select(
     }  # fmt: skip
     if reverify and push_to_hub:
         raise RecipeError("--reverify and --push-to-hub: give one of them")
-    if private and not push_to_hub:
-        raise RecipeError("--private goes with --push-to-hub USER/NAME")
+    _check_private(private, push_to_hub)
     if dry_run:
         _print_plan(api.make_plan(loaded, **where), "select", as_json)
     elif reverify:
         _reverify(loaded, api.options(**where), as_json)
     elif push_to_hub:
-        _select_and_push(loaded, where, push_to_hub, private, as_json)
+        _print_address("data_set", api.push_data_set(loaded, push_to_hub, private, **where), as_json)
     else:
         _print_outcome(api.select(loaded, **where), "select", as_json)
 
@@ -344,16 +344,51 @@ def _reverify(recipe: "Recipe", options: "RunOptions", as_json: bool) -> None:
         _print_table(["before", "now", "traces"], [[*names, f"{count:,}"] for *names, count in comparison.rows])
 
 
-def _select_and_push(recipe: "Recipe", where: Any, repo: str, private: bool, as_json: bool) -> None:
-    from distill import api
-    from distill.teachers.hub import check_push, push
+def _check_private(private: bool, push_to_hub: str | None) -> None:
+    if private and not push_to_hub:
+        raise RecipeError("--private goes with --push-to-hub USER/NAME")
 
-    check_push(repo)
-    address = push(api.select(recipe, **where).results["select"], repo, private)
+
+def _print_address(what: str, address: str, as_json: bool) -> None:
     if as_json:
-        _print_json({"data_set": address})
+        _print_json({what: address})
     else:
         print(address)
+
+
+@app.command("train")
+@guarded
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    runs: RunsFolder = Path("runs"),
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    device: Device = "auto",
+    threads: Threads = 0,
+    quiet: Quiet = False,
+    require: Require = False,
+    accept_partial: Partial = False,
+) -> None:
+    """Train the student on the selected traces, resuming from its last checkpoint."""
+    from distill import api
+    from distill.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    where: api.Where = {
+        "runs": runs, "device": device, "threads": threads, "quiet": quiet, "require": require,
+        "accept_partial": accept_partial,
+    }  # fmt: skip
+    _check_private(private, push_to_hub)
+    if dry_run:
+        _print_plan(api.make_plan(loaded, **where), "train", as_json)
+    elif push_to_hub:
+        if address := api.push_model(loaded, push_to_hub, private, **where):
+            _print_address("model", address, as_json)
+    else:
+        _print_outcome(api.train(loaded, **where), "train", as_json)
 
 
 @app.command("merge")
@@ -432,6 +467,10 @@ def _print_table(titles: list[str], rows: list[list[str]]) -> None:
 def _print_outcome(outcome: "Outcome", stage: str | None, as_json: bool) -> None:
     from distill.api import options
     from distill.plan import pipeline_file
+    from distill.processes import launched
+
+    if not launched().main:
+        return
 
     stages = {
         label: {
@@ -568,6 +607,31 @@ def verify(
     else:
         _print_table(["check", "result", "detail"], [[check.name, check.status, check.detail] for check in checks])
     refuse_failed(checks, require)
+
+
+@app.command("check")
+@guarded
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    runs: RunsFolder = Path("runs"),
+    as_json: AsJson = False,
+    device: Device = "auto",
+    threads: Threads = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Look for what would go wrong in the training: reasoning, ends, lengths, packing, a probe, time and memory."""
+    from distill import api
+    from distill.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    found = api.check(loaded, runs=runs, device=device, threads=threads, quiet=quiet)
+    if as_json:
+        _print_json([one._asdict() for one in found])
+    else:
+        _print_table(["check", "result", "detail"], [[one.name, one.status, one.detail] for one in found])
+    if failed := [one.name for one in found if one.status == "failed"]:
+        raise GateError(f"{len(failed)} of {len(found)} checks failed: {', '.join(failed)}")
 
 
 @app.command("doctor")

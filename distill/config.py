@@ -650,6 +650,104 @@ class FormatConfig(Section):
 # --- student --------------------------------------------------------------------------------------------------------
 
 
+class LossWeights(Section):
+    """How much each part of an answer counts in the loss; a part with weight 0 is not supervised."""
+
+    think: float = Field(default=1.0, ge=0)
+    """Reasoning, its markers included."""
+    answer: float = Field(default=1.0, ge=0)
+    """Text after the reasoning."""
+    eos: float = Field(default=1.0, gt=0)
+    """End token; without it a student never learns to stop."""
+
+
+class Replay(Section):
+    """Another set of chats that is mixed into the training, so that a student keeps what it knew."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Name in counts and reports."""
+    file: Path | None = None
+    """A `.jsonl`, `.json`, `.csv` or `.parquet` file of rows."""
+    hub: HubSource | None = None
+    """A data set of the hub."""
+    messages_column: str = "messages"
+    """Column with the chat: a list of `{role, content}`; every assistant turn is supervised."""
+    prompt_column: str | None = None
+    """Column with the user's text, for sets of one turn; then `response_column` holds the assistant's."""
+    response_column: str = "response"
+    """Column with the assistant's text, where `prompt_column` is given; reasoning markers in it are read."""
+    weight: float = Field(default=0.1, gt=0)
+    """Tokens of this set for each token of the traces, in every epoch; epochs go on where the one before ended."""
+    limit: int | None = Field(default=None, gt=0)
+    """Take only the first rows."""
+    licence: str | None = unhashed(None)
+    """Licence of the set, carried into the model card."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if (self.file is None) == (self.hub is None):
+            raise ValueError("a replay set takes file or hub, one of the two")
+        return self
+
+
+class Lora(Section):
+    """Low-rank adapters instead of all weights (Hu et al. 2021), merged into a plain checkpoint at the phase's end."""
+
+    rank: int = Field(default=16, gt=0)
+    """Rank of each adapter."""
+    alpha: int = Field(default=32, gt=0)
+    """Scale: the adapter's product is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the adapters."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Modules by the end of their name (`q_proj`, …); `all-linear` is every projection of every layer."""
+    modules_to_save: list[str] = []
+    """Modules trained whole beside the adapters: `lm_head`, `embed_tokens` of a model whose head is untied."""
+    quantize: Literal["none", "nf4"] = "none"
+    """`nf4` keeps the base's weights in four bits while training (QLoRA, Dettmers et al. 2023); needs a CUDA GPU."""
+
+    @model_validator(mode="after")
+    def _leaves_the_vocabulary_alone(self) -> Self:
+        named = [] if self.targets == "all-linear" else list(self.targets)
+        if wrong := [name for name in named if name.rpartition(".")[2] in ("lm_head", "embed_tokens")]:
+            raise ValueError(
+                f"targets: {wrong[0]} is refused: an adapter on it cannot be merged where head and embedding share"
+                " their weights; name it in modules_to_save (untied heads only), or leave it out"
+            )
+        return self
+
+
+class EarlyStopping(Section):
+    """Stop when the monitor's figure no longer improves; the phase then ends with its best weights."""
+
+    metric: Literal["heldout_loss", "accuracy"] = "heldout_loss"
+    """`heldout_loss` (falling) or `accuracy` on the monitor's first set (rising)."""
+    patience: int = Field(default=3, gt=0)
+    """Looks in a row without an improvement before it stops."""
+    min_delta: float = Field(default=0.0, ge=0)
+    """Smallest change that counts as an improvement."""
+
+
+class Monitor(Section):
+    """What is measured while training, at chosen steps; it changes nothing unless `early_stopping` reads it."""
+
+    every_steps: int = Field(default=100, gt=0)
+    """Steps between two looks; there is always one before the first step and one after the last."""
+    sets: list[str] = []
+    """Evaluation sets on which the student writes answers: the task, and one it is not trained on, so that forgetting
+    shows."""
+    problems: int = Field(default=32, gt=0)
+    """Problems of each set."""
+    max_new_tokens: int = Field(default=512, gt=0)
+    """Limit of an answer's tokens."""
+    batch_size: int = Field(default=32, gt=0)
+    """Prompts generated together."""
+    lm_eval: list[str] = []
+    """Tasks of lm-evaluation-harness, where it is installed."""
+    lm_eval_limit: int | None = Field(default=64, gt=0)
+    """Items of each such task."""
+
+
 class SftPhase(Section):
     """Supervised fine-tuning on the selected traces."""
 
@@ -665,26 +763,85 @@ class SftPhase(Section):
     """Tokens (prompts included) an optimizer step."""
     micro_batch_tokens: int = Field(default=4096, gt=0)
     """Tokens a forward pass: documents are packed up to this many and never see one another."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning-rate schedule after the warm-up."""
+    batching: Literal["packed", "bucketed"] = "packed"
+    """`packed` lays documents end to end; `bucketed` pads documents of like length to one another."""
+    loss_weights: LossWeights = LossWeights()
+    """Weights of the parts of an answer."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target that is spread over the vocabulary."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight of the squared log of the softmax's normaliser, which keeps logits small (PaLM, Chowdhery et al. 2022)."""
+    neftune_alpha: float | None = Field(default=None, gt=0)
+    """Uniform noise on the embeddings, of size alpha / sqrt(tokens x width) (NEFTune, Jain et al. 2023)."""
+    optimizer: Literal["adamw", "adafactor", "adamw_8bit"] = "adamw"
+    """`adamw`, `adafactor` (Shazeer and Stern 2018), or `adamw_8bit` of bitsandbytes."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Learning-rate schedule after the warm-up; `wsd` stays at the peak and falls as 1 - sqrt at the end."""
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps in which the rate rises from 0."""
+    decay_ratio: float = Field(default=0.2, gt=0, le=1)
+    """Share of the steps in which the rate of `wsd` falls."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
-    """Rate at the end as a share of the peak, for cosine and linear."""
+    """Rate at the end as a share of the peak, for cosine, linear and wsd."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's decoupled decay, on matrices only."""
+    """Decoupled weight decay, on matrices only."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW's first-moment decay."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
     """AdamW's second-moment decay."""
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """End with a running mean of the weights, this much of it kept at each step, instead of the last ones."""
+    lora: Lora | None = None
+    """Train adapters instead of all weights."""
+    replay: list[Replay] = []
+    """Other sets that are mixed in."""
+    heldout_traces: int = Field(default=0, ge=0)
+    """Traces set aside for the monitor's held-out loss; they do not train."""
+    monitor: Monitor | None = unhashed(None)
+    """What is measured while training."""
+    early_stopping: EarlyStopping | None = None
+    """When to stop before the last step."""
     seed: int = 0
     """Seed of the order of examples."""
     gradient_checkpointing: bool = unhashed(False)
     """Recompute activations in the backward pass to save memory."""
+    compile: bool = unhashed(False)
+    """Let torch.compile generate code for the layers; takes a compiler and a minute or more at the start."""
+    fused: bool = unhashed(True)
+    """Lean forms of norm, rotation and feed-forward where the architecture allows; off runs transformers' own code."""
+    loss_kernel: Literal["chunked", "liger", "cut_cross_entropy"] = unhashed("chunked")
+    """Who computes the loss: our chunked one, or a CUDA library that is first held against it."""
     checkpoint_every_steps: int = unhashed(50, gt=0)
     """Steps between checkpoints from which a killed run goes on."""
+    keep_checkpoints: int = unhashed(2, ge=1)
+    """Newest checkpoints to keep; the best one by `early_stopping` is kept beside them."""
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        names = [one.name for one in self.replay]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"replay: two sets are called {twice.pop()!r}; names must differ")
+        if self.loss_weights.think == 0 and self.loss_weights.answer == 0:
+            raise ValueError("loss_weights: think and answer are both 0; nothing but the end token would be learned")
+        if self.loss_kernel != "chunked" and (
+            self.label_smoothing or self.z_loss or self.loss_weights != LossWeights()
+        ):
+            raise ValueError(
+                f"loss_kernel: {self.loss_kernel} has no weights, smoothing or z-loss; take loss_kernel: chunked"
+            )
+        if self.early_stopping is not None:
+            self._stopping_has_figures(self.early_stopping)
+        return self
+
+    def _stopping_has_figures(self, stopping: EarlyStopping) -> None:
+        if self.monitor is None:
+            raise ValueError("early_stopping takes a monitor: add monitor with every_steps")
+        if stopping.metric == "heldout_loss" and not self.heldout_traces:
+            raise ValueError("early_stopping.metric heldout_loss takes heldout_traces above 0")
+        if stopping.metric == "accuracy" and not self.monitor.sets:
+            raise ValueError("early_stopping.metric accuracy takes monitor.sets: name an evaluation set")
 
 
 def _phase_kind(value: Any) -> str | None:
@@ -692,6 +849,38 @@ def _phase_kind(value: Any) -> str | None:
 
 
 Phase = Annotated[Annotated[SftPhase, Tag("sft")], Discriminator(_phase_kind)]
+
+
+class Prune(Section):
+    """A smaller student cut out of `init`: fewer layers, narrower feed-forwards, or both."""
+
+    layers: int | list[int] | None = None
+    """How many layers to keep, the least important ones dropped (measured on the traces), or the indices of those to
+    keep."""
+    mlp_width: int | None = Field(default=None, gt=0)
+    """Units of each feed-forward to keep, those with the largest activations on the traces."""
+    importance: Literal["block_influence", "perplexity"] = "block_influence"
+    """How layers are ranked: `block_influence` is 1 - cosine between a layer's input and output (Men et al. 2024),
+    `perplexity` the loss without it, one removed after the other."""
+    calibration_tokens: int = Field(default=32768, gt=0)
+    """Tokens of traces on which importance is measured."""
+
+    @model_validator(mode="after")
+    def _cuts_something(self) -> Self:
+        if self.layers is None and self.mlp_width is None:
+            raise ValueError("prune: give layers, mlp_width or both")
+        if isinstance(self.layers, list) and (
+            not self.layers or len(set(self.layers)) != len(self.layers) or min(self.layers) < 0
+        ):
+            raise ValueError(f"layers: {self.layers} must be different indices from 0 on, at least one")
+        if isinstance(self.layers, int) and self.layers < 1:
+            raise ValueError(f"layers is {self.layers}; at least one must stay")
+        return self
+
+    @property
+    def measured(self) -> bool:
+        """Whether something has to be measured on traces."""
+        return isinstance(self.layers, int) or self.mlp_width is not None
 
 
 class StudentConfig(Section):
@@ -703,12 +892,34 @@ class StudentConfig(Section):
     """Commit, tag or branch of a hub id; the resolved commit enters the identity."""
     licence: str | None = unhashed(None)
     """Licence of the base, carried into the artifact's manifest and card."""
+    prune: Prune | None = None
+    """Cut a smaller student out of `init` first; the base of evaluations is then the pruned one."""
+    new_tokens: list[str] = []
+    """Tokens to add to the vocabulary where it lacks them, such as `<think>`; their rows start as the mean of the
+    pieces they were spelled with, and train."""
     phases: list[Phase] = []
     """Training phases, each starting from the one before; none evaluates and exports the model as it is."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute precision; master weights and optimizer state are always fp32."""
-    attention: Literal["auto", "per_document", "flash_attention_2"] = unhashed("auto")
-    """Attention for packed documents: flash-attention on CUDA, our per-document SDPA elsewhere."""
+    attention: Literal["auto", "per_document", "flash_attention_2", "sdpa", "eager"] = unhashed("auto")
+    """Attention for packed documents: flash-attention on CUDA, our per-document one elsewhere. `sdpa` and `eager` take
+    a mask of the whole pack: slow, for checks."""
+    parallel: Literal["auto", "ddp", "fsdp"] = unhashed("auto")
+    """With several processes (torchrun): `ddp` keeps a whole model in each, `fsdp` shards weights and optimizer over
+    them; `auto` is ddp."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = unhashed([])
+    """Where metrics are also sent, beside metrics.jsonl."""
+
+    @model_validator(mode="after")
+    def _new_tokens_are_trained(self) -> Self:
+        if self.new_tokens and any(
+            phase.lora and "embed_tokens" not in phase.lora.modules_to_save for phase in self.phases
+        ):
+            raise ValueError(
+                "new_tokens: their rows would not train under lora; name embed_tokens (and lm_head) in"
+                " lora.modules_to_save, or train all weights in the first phase"
+            )
+        return self
 
 
 # --- evaluate, export -----------------------------------------------------------------------------------------------
@@ -806,6 +1017,8 @@ class Recipe(Section):
         self._caps_fit_the_sources(names)
         if self.student and self.student.phases and not self.teacher:
             raise ValueError("student.phases: there is nothing to train on; add prompts and a teacher")
+        if self.student:
+            self._monitors_have_sets(self.student)
         if self.evaluate:
             self._evaluation_has_prompts(self.evaluate)
         if self.export and not self.student and not self.export.model:
@@ -823,6 +1036,20 @@ class Recipe(Section):
             raise ValueError(
                 f"select.max_per_source: the shares of all sources add up to {sum(shares):g}; they must reach 1, or no"
                 " data set can have them"
+            )
+
+    def _monitors_have_sets(self, student: StudentConfig) -> None:
+        known = list(self.evaluate.sets) if self.evaluate else []
+        for index, phase in enumerate(student.phases):
+            for name in phase.monitor.sets if phase.monitor else ():
+                if name not in known:
+                    choice = f"choose of {', '.join(known)}" if known else "add an evaluate section"
+                    raise ValueError(
+                        f"student.phases.{index}.monitor.sets: no evaluation set is called {name!r}; {choice}"
+                    )
+        if student.prune and student.prune.measured and not self.teacher:
+            raise ValueError(
+                "student.prune: importance is measured on traces; add prompts and a teacher, or give indices"
             )
 
     def _evaluation_has_prompts(self, evaluate: Evaluate) -> None:

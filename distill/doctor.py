@@ -14,8 +14,10 @@ from distill.runs import RunOptions, available_cores, library_versions
 from distill.verifiers.sandbox import REMEDY, sandbox_problem
 
 EXTRAS = {
-    "train": ("torch", "transformers", "accelerate", "safetensors", "datasets", "pyarrow", "gguf", "jinja2"),
+    "train": ("torch", "transformers", "accelerate", "safetensors", "datasets", "pyarrow", "gguf", "jinja2", "peft"),
     "export": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir"),
+    "harness": ("lm_eval",),
+    "track": ("tensorboard",),
     "vllm": ("vllm",),
     "gpu": ("flash_attn",),
 }

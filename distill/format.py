@@ -178,13 +178,38 @@ def render_completion(reasoning: str | None, answer: str, prompt_text: str, conf
     return f"{opening}{reasoning}\n{config.close_marker}\n\n{answer}"
 
 
+SEGMENTS = ("prompt", "think", "answer", "eos")
+"""What a token of a document can be; the number of each is its index. Prompts are not supervised."""
+PROMPT, THINK, ANSWER, EOS = range(4)
+NO_OFFSETS = "the student's tokenizer cannot say where its tokens stand in a text; take a fast one (tokenizer.json)"
+
+
 class Document(NamedTuple):
-    """One training document in token ids; positions from `prompt_tokens` on are supervised."""
+    """One training document in token ids."""
 
     ids: list[int]
-    prompt_tokens: int
+    segments: bytes
+    """What each token is, as indices of `SEGMENTS`."""
     seam_differs: bool
     """Whether tokenizing prompt and completion together gives other ids at the seam."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens before the first supervised one."""
+        return len(self.segments) - len(self.segments.lstrip(bytes([PROMPT])))
+
+    def text(self, tokenizer: Tokenizer, *kinds: int) -> str:
+        """What the tokens of these segments say."""
+        chosen = [token for token, kind in zip(self.ids, self.segments) if kind in kinds]
+        return str(tokenizer.decode(chosen, skip_special_tokens=False))
+
+
+class Turn(NamedTuple):
+    """One supervised answer: the messages before it, and its fields."""
+
+    messages: Sequence[Message]
+    reasoning: str | None
+    answer: str
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -197,15 +222,48 @@ def encode_document(
 ) -> Document:
     """tok(prompt) + tok(completion) + EOS, with the prefix invariant by construction.
 
-    Raises FormatError where the tokenizer has no end token.
+    A token's segment follows from where its first character stands: reasoning ends with the closing marker. Raises
+    FormatError where the tokenizer has no end token or cannot say where its tokens stand.
     """
     if tokenizer.eos_token_id is None:
         raise FormatError("the student's tokenizer has no end token (eos_token): a student could never learn to stop")
     prompt = render_prompt(tokenizer, messages, config)
     completion = render_completion(reasoning, answer, prompt, config)
-    prompt_ids, completion_ids = encode_prompt(tokenizer, prompt), encode_prompt(tokenizer, completion)
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    thought = len(completion) - len(answer) if reasoning is not None else 0
+    completion_ids, kinds = _encode_completion(tokenizer, completion, completion[:thought].rstrip())
     seam = encode_prompt(tokenizer, prompt + completion) != prompt_ids + completion_ids
-    return Document([*prompt_ids, *completion_ids, int(tokenizer.eos_token_id)], len(prompt_ids), seam)
+    ids = [*prompt_ids, *completion_ids, int(tokenizer.eos_token_id)]
+    return Document(ids, bytes(len(prompt_ids)) + kinds + bytes([EOS]), seam)
+
+
+def _encode_completion(tokenizer: Tokenizer, completion: str, thought: str) -> tuple[list[int], bytes]:
+    """Ids of a completion and the segment of each; `thought` is its start, up to and with the closing marker."""
+    try:
+        encoded = tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
+        starts = [start for start, _ in encoded["offset_mapping"]]
+    except (NotImplementedError, KeyError) as error:
+        raise FormatError(NO_OFFSETS) from error
+    return list(encoded["input_ids"]), bytes(THINK if start < len(thought) else ANSWER for start in starts)
+
+
+def encode_turns(tokenizer: Tokenizer, turns: Sequence[Turn], config: FormatConfig) -> list[Document]:
+    """The supervised turns of one chat as few documents as the template allows.
+
+    A later turn joins the document before it where what inference would send then begins with that document, id by id;
+    a template that rewrites earlier turns (takes their reasoning out, say) makes it a document of its own. So every
+    supervised turn stands behind exactly the prefix that inference sends.
+    """
+    documents: list[Document] = []
+    for turn in turns:
+        new = encode_document(tokenizer, turn.messages, turn.reasoning, turn.answer, config)
+        last = documents[-1] if documents else None
+        if last and new.prompt_tokens > len(last.ids) and new.ids[: len(last.ids)] == last.ids:
+            segments = last.segments + new.segments[len(last.ids) :]
+            documents[-1] = Document(new.ids, segments, last.seam_differs or new.seam_differs)
+        else:
+            documents.append(new)
+    return documents
 
 
 def check_round_trip(tokenizer: Tokenizer, document: Document, expected: str) -> None:
@@ -213,7 +271,7 @@ def check_round_trip(tokenizer: Tokenizer, document: Document, expected: str) ->
 
     Raises FormatError showing both texts around the first difference.
     """
-    supervised = tokenizer.decode(document.ids[document.prompt_tokens : -1], skip_special_tokens=False)
+    supervised = document.text(tokenizer, THINK, ANSWER)
     if supervised != expected:
         shorter = min(len(supervised), len(expected))
         at = next((i for i in range(shorter) if supervised[i] != expected[i]), shorter)

@@ -1,14 +1,12 @@
-"""Loading models and tokenizers, and attention that never crosses a document.
+"""Loading models and tokenizers.
 
 A model comes from a hub id, a local folder, a GGUF file or a GGUF that a Python package ships; whatever the source,
-the result is a plain transformers model that can be saved. `per_document` attention is registered with transformers:
-packed documents are attended one by one with causal SDPA, from the boundaries (`cu_seq_lens_q`) that the trainer
-passes, the same way that flash-attention's variable-length kernel takes them.
+the result is a plain transformers model that can be saved. Attention that stays inside packed documents
+(`distill.attention`) is made known to transformers on the way.
 """
 
 import contextlib
 import ctypes
-import functools
 import importlib.util
 import io
 import json
@@ -23,7 +21,6 @@ from distill.errors import MissingExtraError, ModelError
 from distill.runs import DigestCache, RunOptions
 
 FAMILIES = ("llama", "qwen2", "qwen3")
-PER_DOCUMENT = "per_document"
 
 
 class ModelSource(NamedTuple):
@@ -219,6 +216,8 @@ def load_model(source: ModelSource, dtype: str = "float32", device: str = "cpu",
     import torch
     from transformers import AutoModelForCausalLM
 
+    from distill.attention import register_attention
+
     load_config(source)
     register_attention()
     with _explained(source), quiet_loading():
@@ -375,100 +374,3 @@ def seeded(seed: int, device: str) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []):
         torch.manual_seed(seed)
         yield
-
-
-# --- attention per document -----------------------------------------------------------------------------------------
-
-
-def register_attention() -> None:
-    """Make `per_document` known to transformers, with no mask of its own (idempotent)."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register(PER_DOCUMENT, per_document_attention)
-    AttentionMaskInterface.register(PER_DOCUMENT, _no_mask)
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
-
-
-def per_document_attention(
-    module: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    attention_mask: Any,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    cu_seq_lens_q: Any = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Any, None]:
-    """Causal SDPA inside each packed document.
-
-    query [1, heads, tokens, head_dim]; key and value [1, kv_heads, tokens, head_dim]; `cu_seq_lens_q` holds the
-    documents' boundaries as Python ints or a 1-d tensor, 0 first and the number of tokens last. Returns
-    [1, tokens, heads, head_dim]. Documents of like length are laid side by side, padded on the right, and attended in
-    one causal call: no query sees the padding, since it comes after all it may see. Raises ValueError without
-    boundaries, since attending across documents must never be the silent fallback, and for a document longer than
-    the model's sliding window.
-    """
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
-
-    if cu_seq_lens_q is None:
-        raise ValueError("per_document attention takes cu_seq_lens_q: the boundaries of the packed documents")
-    bounds = tuple(cu_seq_lens_q) if isinstance(cu_seq_lens_q, list) else tuple(cu_seq_lens_q.tolist())
-    grid, back = _side_by_side(bounds, query.device)
-    if sliding_window is not None and max(longest for _, longest, _ in grid) > sliding_window:
-        raise ValueError(f"per_document attention has no sliding window; documents may have {sliding_window} tokens")
-    pieces = []
-    for documents, longest, rows in grid:
-        query_nhld, key_nhld, value_nhld = (
-            x[0].index_select(1, rows).unflatten(1, (documents, longest)).transpose(0, 1) for x in (query, key, value)
-        )
-        attended = scaled_dot_product_attention(
-            query_nhld,
-            key_nhld,
-            value_nhld,
-            is_causal=True,
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        pieces.append(attended.transpose(1, 2).flatten(0, 1))
-    return torch.cat(pieces).index_select(0, back)[None], None
-
-
-SPREAD = 1.25
-"""How much longer than its shortest document a group of documents may be padded."""
-
-
-@functools.lru_cache(maxsize=64)
-def _side_by_side(bounds: tuple[int, ...], device: Any) -> tuple[list[tuple[int, int, Any]], Any]:
-    """Groups of documents of like length: (documents, padded length, token index of each cell), and the way back.
-
-    The second value gives, for each token of the pack, its row in the groups' cells laid end to end. Every layer of
-    every pass over a pack asks for the same tables, so they are kept on their device.
-    """
-    import torch
-
-    by_length = sorted(zip(bounds, bounds[1:]), key=lambda document: document[1] - document[0])
-    groups: list[list[tuple[int, int]]] = []
-    for start, end in by_length:
-        if not groups or end - start > SPREAD * (groups[-1][0][1] - groups[-1][0][0]):
-            groups.append([])
-        groups[-1].append((start, end))
-    grid, offset = [], 0
-    with torch.inference_mode(False):  # a table made while evaluating must serve training too
-        back = torch.empty(bounds[-1], dtype=torch.long)
-        for group in groups:
-            longest = max(end - start for start, end in group)
-            cells = [min(start + column, end - 1) for start, end in group for column in range(longest)]
-            grid.append((len(group), longest, torch.tensor(cells, device=device)))
-            for row, (start, end) in enumerate(group):
-                first = offset + row * longest
-                back[start:end] = torch.arange(first, first + end - start)
-            offset += len(group) * longest
-        return grid, back.to(device)

@@ -2,7 +2,7 @@
 
 import importlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,10 +11,13 @@ from typing import Any
 from distill.config import Recipe
 from distill.errors import LockedError, storage_errors
 from distill.plan import STAGES, Plan, make_plan, pipeline_file, state_of
+from distill.processes import launched
 from distill.progress import say
 from distill.records import write_json
-from distill.runs import RunOptions, SealedRun, Step, open_sealed
+from distill.runs import STAGE_FILE, RunOptions, SealedRun, Step, open_sealed
 
+SHARED_STAGES = ("train",)
+"""Stages that all processes of a launch work on together."""
 WAIT_S = 0.2
 """Pause before looking again whether another process has finished a stage."""
 
@@ -33,22 +36,35 @@ def run_recipe(recipe: Recipe, options: RunOptions, stage: str | None = None) ->
 
     Raises DistillError subclasses: before anything is written for bad input, GateError after a failed gate.
     """
+    processes = launched()
+    options = options if processes.main else replace(options, quiet=True)
     plan = make_plan(recipe, options)
     steps = plan.until(stage) if stage else list(plan.steps.values())
     preflight(recipe, steps, options)
-    with storage_errors("cannot write the run store"):
-        record(plan, options)
+    if processes.main:
+        with storage_errors("cannot write the run store"):
+            record(plan, options)
     results: dict[str, SealedRun] = {}
     executed: list[str] = []
     for step in steps:
         if not options.quiet:
             say(f"{step.label}: {'done before' if step.sealed else state_of(step)[1]} -> {step.folder}")
         if not step.sealed:
-            stage_module(step).run(recipe, step, options)
+            if processes.main or step.stage in SHARED_STAGES:
+                stage_module(step).run(recipe, step, options)
+            else:
+                _wait_for(step)
             executed.append(step.label)
         results[step.label] = open_sealed(step.folder, check=False)
-        record(plan, options)
+        if processes.main:
+            record(plan, options)
     return Outcome(plan, results, executed)
+
+
+def _wait_for(step: Step) -> None:
+    """Until the main process has sealed a step; if it fails, the launcher ends this process too."""
+    while not (step.folder / STAGE_FILE).exists():
+        time.sleep(WAIT_S)
 
 
 def run_shard(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
@@ -129,7 +145,7 @@ def record(plan: Plan, options: RunOptions) -> None:
                     "identity": step.identity,
                     "folder": step.folder.relative_to(options.runs).as_posix(),
                     "sealed": step.sealed,
-                    "args": dict(step.args),
+                    "args": {key: sorted(v) if isinstance(v, Mapping) else v for key, v in step.args.items()},
                     "upstream": {role: other.label for role, other in step.upstream.items()},
                 }
                 for label, step in plan.steps.items()

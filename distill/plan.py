@@ -11,22 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.config import PromptSource, Recipe, hashed_fields
+from distill.config import PromptSource, Recipe, Replay, hashed_fields
 from distill.engines import ENGINES, load
 from distill.errors import RecipeError
 from distill.models import find_model, model_digest
 from distill.prompts import roots as prompt_roots
 from distill.records import digest_json
+from distill.rows import check_file, hub_root
 from distill.runs import STAGE_FILE, DigestCache, RunOptions, Step
 from distill.verifiers import resolve
 
-STAGE_VERSIONS = {"prompts": 1, "generate": 1, "select": 2, "train": 1, "eval": 1, "export": 1}
+STAGE_VERSIONS = {"prompts": 1, "generate": 1, "select": 2, "prune": 1, "train": 2, "eval": 1, "export": 1}
 """Bumped when a stage gives other results for the same recipe (a changed default is such a change)."""
 
 STAGES = {
     "prompts": "distill.prompts",
     "generate": "distill.teachers.generate",
     "select": "distill.teachers.select",
+    "prune": "distill.students.prune",
     "train": "distill.students.train",
     "eval": "distill.evaluation",
     "export": "distill.export.export",
@@ -70,6 +72,7 @@ MISSING_SECTION = {
     "prompts": "add a prompts section",
     "generate": "add prompts and a teacher section",
     "select": "add prompts and a teacher section",
+    "prune": "add student.prune",
     "train": "add a student section with phases",
     "eval": "add an evaluate section",
     "export": "add an export section",
@@ -106,11 +109,12 @@ class Planner:
         prompts = self._prompts()
         sets = self._sets(prompts)
         traces = self._traces(prompts, sets)
+        pruned = self._prune(traces)
         if recipe.evaluate and recipe.student and "base" in recipe.evaluate.models:
-            self._evaluate("base", sets, {})
+            self._evaluate("base", sets, {"model": pruned} if pruned else {})
         if recipe.evaluate and recipe.teacher and "teacher" in recipe.evaluate.models:
             self._evaluate("teacher", sets, {})
-        student = self._train(traces)
+        student = self._train(traces, pruned, sets) or pruned
         if recipe.evaluate and recipe.student and recipe.student.phases and "student" in recipe.evaluate.models:
             assert student is not None
             self._evaluate("student", sets, {"model": student})
@@ -184,24 +188,54 @@ class Planner:
         name = student.init if source.folder is None else "<by content>"
         return {"init": name, "root": model_digest(source, self.cache)}
 
-    def _train(self, examples: Step | None) -> Step | None:
+    def _prune(self, examples: Step | None) -> Step | None:
+        student = self.recipe.student
+        if student is None or student.prune is None:
+            return None
+        fields: dict[str, Any] = {"prune": hashed_fields(student.prune), "base": self._base()}
+        upstream: dict[str, Step] = {}
+        if student.prune.measured:
+            assert examples is not None  # the recipe's own validation
+            fields["format"] = hashed_fields(self.recipe.format)
+            upstream["examples"] = examples
+        return self.add("prune", "prune", fields, upstream)
+
+    def _train(self, examples: Step | None, pruned: Step | None, sets: Mapping[str, Step]) -> Step | None:
         student = self.recipe.student
         if student is None or examples is None:
             return None
-        last: Step | None = None
+        last: Step | None = pruned
         for index, phase in enumerate(student.phases):
             fields: dict[str, Any] = {
                 "phase": hashed_fields(phase),
                 "precision": student.precision,
                 "format": hashed_fields(self.recipe.format),
             }
+            if student.new_tokens:
+                fields["new_tokens"] = list(student.new_tokens)
+            if phase.replay:
+                fields["replay"] = {one.name: self._replay_root(one) for one in phase.replay}
+            if phase.early_stopping and phase.monitor:  # then what is looked at decides what comes out
+                fields["monitor"] = {
+                    "phase": phase.monitor.model_dump(mode="json"),
+                    "sets": {name: sets[name].identity for name in phase.monitor.sets},
+                }
             upstream = {"examples": examples}
             if last is None:
                 fields["base"] = self._base()
             else:
                 upstream["model"] = last
-            last = self.add("train", f"train:{index}", fields, upstream, phase=index)
-        return last
+            watched = {name: sets[name] for name in phase.monitor.sets} if phase.monitor else {}
+            last = self.add("train", f"train:{index}", fields, upstream, phase=index, sets=watched)
+        return last if student.phases else None
+
+    def _replay_root(self, replay: Replay) -> str:
+        """What identifies a replay set's content."""
+        if replay.file:
+            check_file(replay.file)
+            return self.cache.of(replay.file)
+        assert replay.hub is not None  # the recipe's own validation
+        return hub_root(replay.hub, self.cache)
 
     def _evaluate(self, model: str, sets: Mapping[str, Step], upstream: Mapping[str, Step], **args: Any) -> None:
         for name, prompts in sets.items():

@@ -249,7 +249,7 @@ class OpenRun:
     def work(self) -> Path:
         """Scratch folder that outlives a kill and is removed when the run is sealed."""
         folder = self.folder / WORK_FOLDER
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     @property
@@ -311,6 +311,14 @@ def open_run(step: Step, options: RunOptions) -> Iterator[OpenRun]:
             finally:
                 if not step.sealed:
                     run.note_attempt()
+
+
+@contextmanager
+def follow_run(step: Step, options: RunOptions) -> Iterator[OpenRun]:
+    """The same run for a process that works on it together with the one that holds it, and never seals it."""
+    with storage_errors(f"{step.label}: cannot write {step.folder}"):
+        step.folder.mkdir(parents=True, exist_ok=True)
+        yield OpenRun(step, options)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from distill.cards import code, fenced, markdown_table, text, without_folders
 from distill.config import Recipe
 from distill.format import with_system
 from distill.records import Message, Prompt, read_records
@@ -11,8 +12,7 @@ from distill.runs import Step
 
 from .manifest import GateEntry
 
-LOADING = """```python
-import onnxruntime_genai as og
+LOADING = """import onnxruntime_genai as og
 
 model = og.Model("{variant}")
 tokenizer = og.Tokenizer(model)
@@ -23,8 +23,7 @@ messages = {messages}
 generator.append_tokens(tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True)))
 while not generator.is_done():
     generator.generate_next_token()
-print(tokenizer.decode(generator.get_sequence(0)))
-```"""
+print(tokenizer.decode(generator.get_sequence(0)))"""
 
 
 def write_card(
@@ -36,11 +35,11 @@ def write_card(
 ) -> str:
     """Markdown of the artifact's README.md."""
     student = recipe.student
-    base = student.init if student else (recipe.export.model if recipe.export else "")
+    base = code(without_folders(student.init if student else (recipe.export.model or "" if recipe.export else "")))
     lines = [
         f"# {recipe.name}",
         "",
-        f"A student distilled with `distill` from `{base}`, as ONNX for onnxruntime-genai. One folder a variant.",
+        f"A student distilled with `distill` from {base}, as ONNX for onnxruntime-genai. One folder a variant.",
         "",
         "| variant | MB | accuracy | 95% interval | mean tokens | stops |",
         "|---|---|---|---|---|---|",
@@ -49,24 +48,18 @@ def write_card(
         *_upstream_accuracy(step),
         "## Gates",
         "",
-        "| variant | gate | status | value | limit | detail |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {g.variant} | {g.name} | {g.status.replace('_', ' ')} | {_number(g.value)} | {_number(g.limit)} "
-            f"| {g.detail} |"
-            for g in gates
-        ),
+        markdown_table(["variant", "gate", "status", "value", "limit", "detail"], map(_gate, gates)),
         "",
         "## Use",
         "",
-        LOADING.format(variant=next(iter(reversed(list(sizes)))), messages=_messages(recipe, step)),
+        fenced(LOADING.format(variant=[*sizes][-1], messages=_messages(recipe, step)), "python"),
         "",
         *_system_note(recipe),
         "`distill verify` on this folder re-checks every file's sha256 and the golden prompts.",
         "",
         "## Origin",
         "",
-        f"- base: `{base}`, licence: {(student.licence if student else None) or 'not stated in the recipe'}",
+        f"- base: {base}, licence: {_licence(student.licence if student else None)}",
         f"- teacher: {_teacher(recipe)}",
         "",
     ]
@@ -87,8 +80,8 @@ def _system_note(recipe: Recipe) -> list[str]:
     if recipe.format.system is None:
         return []
     return [
-        f"The student was trained with the system message `{json.dumps(recipe.format.system)}`. Send it as above with"
-        " every conversation: without it the template may put a default of its own, which the student never saw.",
+        f"The student was trained with the system message {code(json.dumps(recipe.format.system))}. Send it as above"
+        " with every conversation: without it the template may put a default of its own, which the student never saw.",
         "",
     ]
 
@@ -121,7 +114,17 @@ def _teacher(recipe: Recipe) -> str:
     teacher = recipe.teacher
     if teacher is None:
         return "none"
-    return f"`{teacher.engine}` {teacher.model}, licence: {teacher.licence or 'not stated in the recipe'}"
+    return f"`{teacher.engine}` {text(without_folders(teacher.model))}, licence: {_licence(teacher.licence)}"
+
+
+def _licence(stated: str | None) -> str:
+    return text(stated) if stated else "not stated in the recipe"
+
+
+def _gate(gate: GateEntry) -> list[str]:
+    """Cells of a gate's row."""
+    status = gate.status.replace("_", " ")
+    return [gate.variant or "", gate.name, status, _number(gate.value), _number(gate.limit), text(gate.detail)]
 
 
 def _number(value: float | None) -> str:

@@ -1,11 +1,15 @@
 """Checkpoints from which a killed training goes on, bit for bit.
 
-One file a checkpoint, written aside and moved into place: master weights, optimizer state, the step to do next and
-what identifies the data. The two newest are kept, so a kill while one is written leaves the other.
+One file a checkpoint: whole fp32 weights and optimizer state by parameter name (so any number of processes can go on
+from it), the running mean, what early stopping has seen, the step to do next, and what identifies the data. There is
+no random state and no cursor to keep: every draw and every order follows from the seed and the step. A copy of the
+state is written by a thread while training goes on, aside and then moved into place. The newest few are kept, so a
+kill while one is written leaves the others.
 """
 
 import os
 import pickle
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,23 +18,69 @@ import torch
 
 from distill.errors import TrainingError
 from distill.progress import say
+from distill.runs import PARTIAL
 
-KEPT = 2
 PREFIX, SUFFIX = "checkpoint-", ".pt"
+BEST = "best.pt"
 
 
-def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Write the state reached after `step` optimizer steps, then drop all but the newest checkpoints."""
-    path = folder / f"{PREFIX}{step:08d}{SUFFIX}"
-    part = path.with_name(path.name + ".part")
+class CheckpointWriter:
+    """Writes checkpoints of one folder in the background, one at a time; keeps the `keep` newest."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Begin to write the state reached after `step` optimizer steps; its tensors must not change any more.
+
+        Waits for the one before. Raises what writing that one raised.
+        """
+        self.finish()
+        path = self.folder / f"{PREFIX}{step:08d}{SUFFIX}"
+        self._thread = threading.Thread(target=self._write, args=(path, {"step": step, **state}), name="checkpoint")
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on the disk; raises what writing it raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, path: Path, state: Mapping[str, Any]) -> None:
+        try:
+            write_state(path, state)
+            for old in checkpoints(self.folder)[: -self.keep]:
+                old.unlink()
+        except BaseException as error:  # raised again where the training can see it
+            self._error = error
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write tensors aside, flush them to the disk and move them into place.
+
+    Raises OSError where the disk refuses.
+    """
+    part = path.with_name(path.name + PARTIAL)
     with part.open("wb") as out:
-        torch.save({"step": step, **state}, out)
+        try:
+            torch.save(dict(state), out)
+        except RuntimeError as error:  # torch says at which byte it failed; why is what came before
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         out.flush()
         os.fsync(out.fileno())
     os.replace(part, path)
-    for old in checkpoints(folder)[:-KEPT]:
-        old.unlink()
-    return path
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `write_state` wrote, its tensors mapped from the file."""
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -48,8 +98,8 @@ def load_newest(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any] | N
     found = checkpoints(folder)
     for path in reversed(found):
         try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            state = read_state(path)
+        except (RuntimeError, OSError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
             say(f"{path}: damaged, passed over ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
             continue
         _check_expected(path, state, expected)

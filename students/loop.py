@@ -1,33 +1,48 @@
 """The training loop on live objects: a model, documents, a phase.
 
-bf16 runs the model in bf16 with fp32 master weights beside it: gradients of every micro-batch are added up in fp32,
-AdamW works on the masters, and the result is rounded back. fp32 trains the model's own weights. The loss of a step is
-the sum over its supervised tokens divided by their number, however the step is cut into micro-batches.
+A step's loss is the sum over its supervised tokens, each with its weight, divided by the sum of the weights, however
+the step is cut into micro-batches and however many processes share them. Every draw is seeded from the step and the
+pack, so a resumed training goes on as if it had never stopped.
 """
 
+import contextlib
 import json
 import math
 import os
+import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
 
 from distill.config import SftPhase
-from distill.errors import TrainingError
+from distill.errors import Interrupted, TrainingError
+from distill.format import SEGMENTS
 from distill.interrupts import Stop
-from distill.models import PER_DOCUMENT, seeded
+from distill.models import seeded
 from distill.runs import PARTIAL
 
-from .checkpoint import load_newest, save_checkpoint
-from .data import Documents, documents_digest
-from .losses import cross_entropy
-from .packing import Pack, lay_out, pack_step, plan_steps
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from .checkpoint import BEST, CheckpointWriter, load_newest, read_state, write_state
+from .data import Documents
+from .distributed import World
+from .fused import lean
+from .kernels import check_kernel
+from .objective import PackTensors, StudentObjective, decoder_of
+from .optimizers import RunningMean, learning_rate, load_optimizer_state, make_optimizer, optimizer_state
+from .packing import (
+    Pack,
+    Source,
+    bucket_step,
+    epochs_of,
+    lay_out,
+    lay_side_by_side,
+    pack_step,
+    plan_steps,
+)
+from .stopping import Stopping
+from .weights import make_weights
 
 
 class StepReport(NamedTuple):
@@ -35,214 +50,303 @@ class StepReport(NamedTuple):
 
     step: int
     loss: float
-    """Mean cross-entropy over the step's supervised tokens, in nats."""
+    """Weighted mean cross-entropy over the step's supervised tokens, in nats (smoothing and z-loss included)."""
     lr: float
     grad_norm: float
     tokens: int
     supervised: int
     packs: int
     seconds: float
+    cells: int
+    """Cells of the forward passes, padding included."""
 
 
-def learning_rate(phase: SftPhase, step: int, total: int) -> float:
-    """The rate of step `step` (from 0) of `total`: linear warm-up, then the phase's schedule down to its floor."""
-    warmup = math.ceil(phase.warmup_ratio * total - 1e-9)  # 0.07 * 100 is a little above 7
-    if step < warmup:
-        return phase.lr * (step + 1) / warmup
-    if phase.schedule == "constant":
-        return phase.lr
-    progress = (step - warmup) / max(1, total - warmup)
-    falling = (1 + math.cos(math.pi * progress)) / 2 if phase.schedule == "cosine" else 1 - progress
-    return phase.lr * (phase.min_lr_ratio + (1 - phase.min_lr_ratio) * falling)
+class Look(Protocol):
+    """Measures the student as it is; `loop` calls it at the monitor's steps."""
+
+    def __call__(self, trainer: "Trainer", step: int) -> Mapping[str, Any]:
+        """Figures after `step` steps, for metrics.jsonl."""
 
 
-class Masters:
-    """fp32 weights and their gradients, beside a model that computes in bf16 (or being the model itself in fp32).
+class StepSums(NamedTuple):
+    """What a process found in its packs of a step; added up over processes."""
 
-    Takes an fp32 model and turns its weights to `dtype` in place, so the masters keep what rounding would lose.
-    Buffers stay as they are: the rotary frequencies are fp32 in inference, whatever the weights are.
-    """
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self.model_params = [p for p in model.parameters() if p.requires_grad]
-        self.separate = dtype != torch.float32
-        self.params = self.model_params
-        if self.separate:
-            self.params = [p.detach().clone().requires_grad_() for p in self.model_params]
-            for own in model.parameters():
-                own.data = own.data.to(dtype)
-            for own, master in zip(self.model_params, self.params):
-                own.register_post_accumulate_grad_hook(self._collect(master))
-
-    @staticmethod
-    def _collect(master: Tensor) -> Callable[[Tensor], None]:
-        """Move a bf16 gradient into the master's fp32 one as soon as it exists, so sums are never kept in bf16."""
-
-        def hook(own: Tensor) -> None:
-            assert own.grad is not None
-            if master.grad is None:
-                master.grad = own.grad.float()
-            else:
-                master.grad.add_(own.grad)
-            own.grad = None
-
-        return hook
-
-    @torch.no_grad()
-    def average(self, count: int, clip: float) -> float:
-        """Turn gradients that are sums over `count` rows into means of norm `clip` at most; returns the norm before.
-
-        Done here, once a step and in fp32: scaling the loss would round 1 / count to bf16.
-        """
-        gradients = [p.grad for p in self.params if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) / count
-        factor = min(1.0, clip / (norm + 1e-6)) / count
-        for gradient in gradients:
-            gradient.mul_(factor)
-        return norm
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Round the masters into the model's weights."""
-        if self.separate:
-            for own, master in zip(self.model_params, self.params):
-                own.copy_(master)
-
-    def state(self) -> list[Tensor]:
-        """The fp32 weights, in the model's parameter order."""
-        return [p.detach() for p in self.params]
-
-    @torch.no_grad()
-    def load(self, state: list[Tensor]) -> None:
-        """Take over saved fp32 weights."""
-        for master, saved in zip(self.params, state, strict=True):
-            master.copy_(saved)
-        self.publish()
-
-
-def make_optimizer(masters: Masters, phase: SftPhase) -> torch.optim.AdamW:
-    """AdamW on the masters (fused where torch has it); decay on matrices only."""
-    matrices = [p for p in masters.params if p.ndim >= 2]
-    vectors = [p for p in masters.params if p.ndim < 2]
-    return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": phase.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=phase.lr,
-        betas=(phase.beta1, phase.beta2),
-        fused=True,
-    )
-
-
-def pack_loss(model: Any, pack: Pack) -> Tensor:
-    """Summed cross-entropy over a pack's supervised rows, in nats.
-
-    The head is applied to supervised rows only; attention stays inside documents.
-    """
-    device = model.device
-    ids, positions = torch.from_numpy(pack.ids_T).to(device), torch.from_numpy(pack.positions_T).to(device)
-    hidden_TH = model.get_decoder()(
-        input_ids=ids[None], position_ids=positions[None], use_cache=False, **boundaries(model, pack.bounds)
-    ).last_hidden_state[0]
-    rows = torch.from_numpy(pack.rows_N).to(device)
-    targets = torch.from_numpy(pack.targets_N).to(device)
-    return cross_entropy(hidden_TH[rows], model.get_output_embeddings().weight, targets)
-
-
-def boundaries(model: Any, bounds: list[int]) -> dict[str, Any]:
-    """Document boundaries as the model's attention takes them."""
-    if model.config._attn_implementation == PER_DOCUMENT:
-        return {"cu_seq_lens_q": bounds}
-    lengths = torch.tensor(bounds, dtype=torch.int32, device=model.device)
-    longest = max(end - start for start, end in zip(bounds, bounds[1:]))
-    return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": longest, "max_length_k": longest}
+    loss: float = 0.0
+    weight: float = 0.0
+    bad: float = 0.0
 
 
 class Trainer:
-    """One phase of training: plan, step, checkpoint, resume."""
+    """One phase of training: plan, step, checkpoint, resume.
 
-    def __init__(self, model: Any, documents: Documents, phase: SftPhase, precision: str, work: Path) -> None:
-        self.model = model
+    `sources` says which documents an epoch takes (see `epochs_of`); all of them by default. `look` is called at the
+    steps that `phase.monitor` names.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        documents: Documents,
+        phase: SftPhase,
+        precision: str,
+        work: Path,
+        sources: Sequence[Source] | None = None,
+        world: World | None = None,
+        parallel: str = "auto",
+        look: Look | None = None,
+    ) -> None:
         self.documents = documents
         self.phase = phase
         self.work = work
-        self.lengths = documents.lengths
-        self.plan = plan_steps(self.lengths, phase.step_tokens, phase.epochs, phase.seed, phase.max_steps)
-        # torch keeps the gradient of a padding id's embedding at zero; where pad == eos, that would be the end token's
-        model.get_input_embeddings().padding_idx = None
-        self.masters = Masters(model, DTYPES[precision])
-        self.optimizer = make_optimizer(self.masters, phase)
+        self.world = world or World()
+        self.look = look
+        self.plan = plan_of(documents, phase, sources)
+        for module in model.modules():  # the one that peft trains as a copy too
+            if isinstance(module, torch.nn.Embedding):
+                # torch keeps the gradient of a padding id's row at zero; where pad == eos, that would be the end token
+                module.padding_idx = None
+        self.objective = StudentObjective(model, phase)
+        self.weights = make_weights(self.objective, precision, parallel, self.world)
+        check_kernel(phase.loss_kernel, model)
+        self.optimizer = make_optimizer(self.weights, phase)
+        self.mean = RunningMean(self.weights.params, phase.ema_decay) if phase.ema_decay else None
+        self.stopping = Stopping(phase.early_stopping)
+        self._writer = CheckpointWriter(work, phase.keep_checkpoints)
         self.resumed_from = self._resume()
 
+    @property
+    def model(self) -> Any:
+        """The model inside the objective."""
+        return self.objective.model
+
+    # --- checkpoints ---
+
     def _expected(self) -> dict[str, Any]:
-        return {"data": documents_digest(self.documents), "steps": len(self.plan)}
+        return {"data": self.documents.digest, "steps": len(self.plan)}
 
     def _resume(self) -> int:
         state = load_newest(self.work, self._expected())
         if state is None:
             return 0
-        self.masters.load(state["masters"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.weights.load(state["weights"])
+        load_optimizer_state(self.optimizer, self.weights, state["optimizer"])
+        if self.mean is not None:
+            self.mean.updates = state["mean"]["updates"]
+            for own, name, param in zip(self.mean.means, self.weights.names, self.weights.params):
+                own.copy_(self.weights.like(state["mean"]["weights"][name], param))
+        self.stopping.load(state["stopping"])
         return int(state["step"])
 
     def save(self, step: int) -> None:
-        """Checkpoint after `step` steps."""
-        state = {"masters": self.masters.state(), "optimizer": self.optimizer.state_dict(), **self._expected()}
-        save_checkpoint(self.work, step, state)
+        """Begin a checkpoint of the state after `step` steps; a thread writes it while training goes on."""
+        state: dict[str, Any] = {
+            "weights": self.weights.state(),
+            "optimizer": optimizer_state(self.optimizer, self.weights),
+            "stopping": self.stopping.state(),
+            **self._expected(),
+        }
+        if self.mean is not None:
+            means = {n: self.weights.whole(m) for n, m in zip(self.weights.names, self.mean.means)}
+            state["mean"] = {"updates": self.mean.updates, "weights": means}
+        if self.world.main:
+            self._writer.save(step, state)
 
-    def run(self, stop: Stop) -> Iterator[StepReport]:
-        """Train from where the last checkpoint stands; yields after each optimizer step.
+    # --- the loop ---
+
+    def run(self, stop: Stop) -> Iterator[StepReport | Mapping[str, Any]]:
+        """Train from where the last checkpoint stands; yields a report after each optimizer step and each look.
 
         A step is checkpointed once its report has been taken, so no checkpoint is ahead of what was reported. On a
         stop request it checkpoints and raises what the request says. Raises TrainingError on a loss that is not
-        finite, with the offending documents saved.
+        finite, with the offending documents saved. Ends with the weights that the phase asks for.
         """
-        self.model.train()
-        for step in range(self.resumed_from, len(self.plan)):
-            yield self._step(step)
-            done, stopping = step + 1, stop.requested
-            if stopping or (done % self.phase.checkpoint_every_steps == 0 and done < len(self.plan)):
-                self.save(done)
-            if stopping:
-                stop.raise_if_requested()
-        self.model.eval()
+        with lean(self.model, self.phase.fused), compiled(self.model, self.phase.compile):
+            self.objective.train()
+            try:
+                if self.resumed_from == 0:
+                    yield from self._look(0)
+                for step in range(self.resumed_from, len(self.plan)):
+                    if self.stopping.stopped:
+                        break
+                    yield self._step(step)
+                    stopping = self.world.any(stop.requested)
+                    yield from self._after(step + 1, stopping)
+                    if stopping:
+                        self._writer.finish()
+                        self.world.wait()
+                        stop.raise_if_requested()
+                        raise Interrupted(signal.SIGTERM)  # another process of this training was asked to stop
+            finally:
+                self._writer.finish()
+            self._settle()
+            self.objective.eval()
+
+    def _after(self, done: int, stopping: bool) -> Iterator[Mapping[str, Any]]:
+        """Look and checkpoint where it is time."""
+        last = done == len(self.plan)
+        monitor = self.phase.monitor
+        if monitor and (last or done % monitor.every_steps == 0):
+            yield from self._look(done)
+        if stopping or (done % self.phase.checkpoint_every_steps == 0 and not last):
+            self.save(done)
+
+    def _look(self, step: int) -> Iterator[Mapping[str, Any]]:
+        if self.look is None or self.phase.monitor is None:
+            return
+        self.objective.eval()
+        figures = self.look(self, step)
+        self.objective.train()
+        if self.stopping.take(figures, step):
+            state = self.weights.state()
+            if self.world.main:
+                write_state(self.work / BEST, {"weights": state, "step": step})
+        yield {"step": step, **figures}
+
+    def _settle(self) -> None:
+        """End with the best weights where early stopping chose some, else with the running mean where one was kept."""
+        if self.stopping.best_step is not None:
+            self.world.wait()
+            self.weights.load(read_state(self.work / BEST)["weights"])
+        elif self.mean is not None and self.mean.updates:
+            for param, mean in zip(self.weights.params, self.mean.means):
+                param.data.copy_(mean)
+            self.weights.publish()
+
+    # --- one step ---
 
     def _step(self, step: int) -> StepReport:
         started = time.perf_counter()
         chosen = self.plan[step]
-        packs = pack_step(chosen, self.lengths, self.phase.micro_batch_tokens)
-        laid = [lay_out(self.documents.ids, self.documents.prompt_tokens, pack) for pack in packs]
-        supervised = sum(len(pack.rows_N) for pack in laid)
+        packs = cut(chosen, self.documents, self.phase)
         lr = learning_rate(self.phase, step, len(self.plan))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        total = 0.0
-        with seeded(self.phase.seed * 1_000_003 + step, str(self.model.device)):  # dropout, where a base has any
-            for pack in laid:
-                loss = pack_loss(self.model, pack)
-                loss.backward()
-                total += float(loss.detach())
-        norm = self.masters.average(supervised, self.phase.grad_clip)
-        if not math.isfinite(total) or not math.isfinite(norm):
-            self._refuse(step, chosen, total / supervised, norm)
+        found = self._passes(step, packs)
+        sums = StepSums(*self.world.sums(found))
+        if sums.bad:
+            self._refuse(step, sums.loss / max(sums.weight, 1e-9), math.nan)
+        norm = self.weights.average(sums.weight, self.phase.grad_clip)
+        if not math.isfinite(norm):
+            self._refuse(step, sums.loss / sums.weight, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.masters.publish()
-        tokens = sum(self.lengths[index] for index in chosen)
+        self.weights.publish()
+        if self.mean is not None:
+            self.mean.update(self.weights.params)
+        tokens = sum(int(self.documents.lengths[index]) for index in chosen)
+        supervised, cells = (sum(values) for values in zip(*((len(p.rows_N), p.ids_BT.size) for p in packs)))
         seconds = time.perf_counter() - started
-        return StepReport(step + 1, total / supervised, lr, norm, tokens, supervised, len(packs), seconds)
+        loss = sums.loss / sums.weight
+        return StepReport(step + 1, loss, lr, norm, tokens, supervised, len(packs), seconds, cells)
 
-    def _refuse(self, step: int, chosen: list[int], loss: float, norm: float) -> None:
+    def _passes(self, step: int, packs: Sequence[Pack]) -> StepSums:
+        """The forward and backward passes of this process in a step."""
+        loss = torch.zeros((), dtype=torch.float64)
+        weight = bad = 0.0
+        for turn in range(self.world.rounds(packs)):
+            place = turn * self.world.size + self.world.rank
+            if place >= len(packs) and not self.weights.lockstep:
+                break
+            # with shards all processes pass as often as the busiest; a pass too many counts for nothing
+            pack = packs[place] if place < len(packs) else nothing(packs[0])
+            with seeded(pack_seed(self.phase.seed, step, place), str(self.model.device)):
+                found = self.objective(PackTensors.of(pack, self.model.device))
+                found.total.backward()
+            own = found.total.detach().double().cpu()
+            if not bool(torch.isfinite(own)):
+                bad = 1.0
+                self._keep_bad(step, place, pack, float(own))
+            loss += own
+            weight += pack.weight
+        return StepSums(float(loss), weight, bad)
+
+    def _keep_bad(self, step: int, place: int, pack: Pack, loss: float) -> None:
+        path = self.work / f"bad-step-{step + 1}-pack-{place}.json"
+        path.write_text(json.dumps({"loss": str(loss), "bounds": pack.bounds, "ids": pack.ids_BT.tolist()}))
+
+    def _refuse(self, step: int, loss: float, norm: float) -> None:
         path = self.work / f"bad-step-{step + 1}.json"
-        path.write_text(json.dumps({"documents": [self.documents.ids[index].tolist() for index in chosen]}))
+        if self.world.main:
+            chosen = self.plan[step]
+            documents = [{"number": index, "ids": self.documents.ids(index).tolist()} for index in chosen]
+            path.write_text(json.dumps({"documents": documents}))
         raise TrainingError(
             f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite; the documents are in {path};"
             " lower student.phases.N.lr or look at these documents"
         )
 
 
+def plan_of(documents: Documents, phase: SftPhase, sources: Sequence[Source] | None = None) -> list[list[int]]:
+    """The documents of every optimizer step of a phase."""
+    sources = sources or [Source(range(len(documents)))]
+    order = epochs_of(sources, documents.lengths, phase.epochs, phase.seed)
+    return plan_steps(order, documents.lengths, phase.step_tokens, phase.max_steps)
+
+
+def cut(chosen: Sequence[int], documents: Documents, phase: SftPhase) -> list[Pack]:
+    """A step's documents as forward passes."""
+    if phase.batching == "bucketed":
+        batches = bucket_step(chosen, documents.lengths, phase.micro_batch_tokens)
+        return [lay_side_by_side(documents, batch, phase.loss_weights) for batch in batches]
+    packs = pack_step(chosen, documents.lengths, phase.micro_batch_tokens)
+    return [lay_out(documents, pack, phase.loss_weights) for pack in packs]
+
+
+def nothing(pack: Pack) -> Pack:
+    """The same pass with no weight in the loss."""
+    return pack._replace(weights_N=pack.weights_N * 0)
+
+
+def pack_seed(seed: int, step: int, place: int) -> int:
+    """The seed of a pass's draws (dropout, noise): of the phase, the step and the pack, whoever makes the pass."""
+    return (seed * 1_000_003 + step) * 4_099 + place
+
+
+@contextlib.contextmanager
+def compiled(model: Any, wanted: bool) -> Iterator[None]:
+    """Let torch.compile generate code for the decoder's layers inside the block; attention keeps its own."""
+    if not wanted:
+        yield
+        return
+    from transformers import AttentionInterface
+
+    from distill.attention import PER_DOCUMENT, per_document_attention, register_attention
+
+    AttentionInterface.register(PER_DOCUMENT, torch.compiler.disable(per_document_attention))
+    layers = decoder_of(model).layers
+    for layer in layers:
+        layer.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        register_attention()
+        for layer in layers:
+            layer._compiled_call_impl = None
+
+
+def heldout_losses(trainer: Trainer, documents: Documents) -> dict[str, float]:
+    """Mean negative log-likelihood of held-out documents in nats a token: of each segment, and of all together."""
+    phase = trainer.phase.model_copy(update={"loss_weights": type(trainer.phase.loss_weights)()})
+    packs = cut(range(len(documents)), documents, phase)
+    sums = torch.zeros(2, len(SEGMENTS), dtype=torch.float64)
+    for turn in range(trainer.world.rounds(packs)):
+        place = turn * trainer.world.size + trainer.world.rank
+        pack = packs[min(place, len(packs) - 1)]
+        with torch.no_grad():
+            found = trainer.objective(PackTensors.of(pack, trainer.model.device))
+        if place < len(packs):
+            kinds = torch.from_numpy(pack.segments_N).long()
+            sums[0].index_add_(0, kinds, found.nll_N.double().cpu())
+            sums[1].index_add_(0, kinds, torch.ones(len(kinds), dtype=torch.float64))
+    nll, count = torch.tensor(trainer.world.sums(sums.flatten().tolist()), dtype=torch.float64).view(2, -1)
+    by_segment = {f"heldout_loss_{name}": float(nll[i] / count[i]) for i, name in enumerate(SEGMENTS) if count[i]}
+    return {"heldout_loss": float(nll.sum() / count.sum()), **by_segment}
+
+
 def write_metrics(path: Path, start: int) -> Callable[[Mapping[str, Any]], None]:
     """A function that appends to metrics.jsonl; lines after step `start` (of a killed attempt) are dropped first."""
     kept = []
-    if path.exists():
+    if path.exists() and start:
         for line in path.read_text().splitlines():
             try:
                 if json.loads(line)["step"] <= start:

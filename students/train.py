@@ -1,8 +1,8 @@
 """The train stage: one phase of a student, from examples to a saved checkpoint.
 
-Reads the selected examples and the model to start from (the base, or the phase before), refuses what would train
-silently wrong, trains with checkpoints, and saves a plain transformers folder whose tokenizer, template and end
-tokens agree with what was trained.
+Reads the selected examples and the model to start from (the base, a pruned one, or the phase before), refuses what
+would train silently wrong, trains with checkpoints, and saves a plain transformers folder whose tokenizer, template and
+end tokens agree with what was trained. Started in several processes, all of them train and the main one writes.
 """
 
 import json
@@ -10,14 +10,16 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from distill.attention import PER_DOCUMENT
 from distill.config import Recipe, SftPhase, StudentConfig
 from distill.engines.transformers import end_ids
-from distill.errors import FormatError, ModelError
+from distill.errors import DataError, FormatError, ModelError, TrainingError
+from distill.evaluation import set_prompts
 from distill.format import check_markers_survive, encode_prompt, render_prompt, set_template
+from distill.interrupts import graceful
 from distill.models import (
-    PER_DOCUMENT,
     ModelSource,
     choose_device,
     find_model,
@@ -27,22 +29,45 @@ from distill.models import (
     quiet_loading,
     set_threads,
 )
-from distill.progress import progress
+from distill.processes import launched
+from distill.progress import progress, say
 from distill.records import Example, Message, Prompt, read_records
-from distill.runs import OpenRun, RunOptions, Step, file_digest, open_run
+from distill.runs import OpenRun, RunOptions, Step, file_digest, follow_run, open_run
 
-from .data import Documents, check_vocabulary, encode_examples
+from .adapters import check_adapters, merged, require_peft, with_adapters
+from .check import require_sound, subject_of
+from .data import Documents, check_context, check_vocabulary, joined
+from .distributed import World, joined_world, local_device
+from .harness import require_harness
 from .loop import StepReport, Trainer, write_metrics
+from .monitor import Watcher
+from .packing import Source
+from .shards import tokenize, write_chats
+from .throughput import peak_flops, peak_memory_mb, shape_of
+from .trackers import require_trackers, trackers
+from .vocabulary import add_tokens
+
+HELDOUT_SEED = "heldout"
 
 
 def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
     """Refuse, before any work: a base that is not there or damaged, no template, a limit beyond the context."""
     student = _student(recipe)
-    if step.args["phase"] > 0:
-        return
+    phase = student.phases[step.args["phase"]]
     attention_for(student, choose_device(options))
+    require_peft(phase.lora)
+    require_harness(phase.monitor)
+    require_trackers(student.trackers)
+    if student.parallel == "fsdp" and launched().size == 1:
+        raise TrainingError(
+            "student.parallel is fsdp, but this is the only process; start it with torchrun --nproc-per-node N -m"
+            " distill train …, or set student.parallel=auto"
+        )
+    if "model" in step.upstream:
+        return
     source = find_model(student.init, student.revision)
     config = load_config(source)
+    check_adapters(config, phase.lora)
     context = int(config.max_position_embeddings)
     if recipe.format.max_tokens > context:
         raise FormatError(
@@ -58,62 +83,239 @@ def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
 
 def run(recipe: Recipe, step: Step, options: RunOptions) -> None:
     """Train phase `step.args["phase"]` and seal its run."""
+    set_threads(options)
+    device = local_device(choose_device(options))
+    with joined_world(device) as world:
+        with (open_run if world.main else follow_run)(step, options) as run:
+            world.wait()  # the folder is there
+            ready = prepare(recipe, step, options, device, world)
+            require_sound(subject_of(ready, recipe, options))
+            counts = train(ready, recipe, run, world)
+            world.wait()
+            if world.main:
+                run.seal(digest=file_digest(run.path("model/model.safetensors")), counts=counts)
+            world.wait()
+
+
+class Ready(NamedTuple):
+    """What a phase trains with."""
+
+    model: Any
+    tokenizer: Any
+    documents: Documents
+    sources: list[Source]
+    heldout: Documents | None
+    phase: SftPhase
+    student: StudentConfig
+    source: ModelSource
+    counts: dict[str, Any]
+
+
+def prepare(recipe: Recipe, step: Step, options: RunOptions, device: str, world: World) -> Ready:
+    """Load the model and tokenize the data, the main process first; the same checks as every training."""
     student = _student(recipe)
     phase = student.phases[step.args["phase"]]
+    source = start_of(student, step)
+    tokenizer = load_tokenizer(source)
+    set_template(tokenizer, recipe.format)
+    model = load_model(source, "float32", device, attention_for(student, device))
+    check_adapters(model.config, phase.lora)
+    added = add_tokens(model, tokenizer, student.new_tokens)
+    agree_on_end(model, tokenizer)
+    check_markers_survive(tokenizer, recipe.format)
+    check_context(recipe.format, int(model.config.max_position_embeddings))
+    if not world.main:
+        world.wait()
+    sets = tokenized(recipe, phase, step, tokenizer, end_ids(model), options)
+    if world.main:
+        world.wait()
+    documents = joined(list(sets.values()))
+    world.agree("training data", documents.digest)
+    check_vocabulary(documents, model.get_input_embeddings().num_embeddings)
+    sources, heldout = split(sets, phase)
+    counts = {**sets["traces"].counts, **({"heldout_traces": len(heldout)} if heldout else {})}
+    counts |= {f"replay/{name}": len(one) for name, one in sets.items() if name != "traces"}
+    counts |= {"new_tokens": len(added)} if added else {}
+    if phase.lora is not None:
+        model = with_adapters(model, phase.lora, phase.seed)
+    return Ready(model, tokenizer, documents, sources, heldout, phase, student, source, counts)
+
+
+def tokenized(
+    recipe: Recipe, phase: SftPhase, step: Step, tokenizer: Any, ends: Sequence[int], options: RunOptions
+) -> dict[str, Documents]:
+    """The documents of the traces and of every replay set, from the store of tokenized data or made now."""
     examples = step.result("examples").path("examples.jsonl")
-    source = _start(student, step)
-    with open_run(step, options) as run:
-        set_threads(options)
-        device = choose_device(options)
-        tokenizer = load_tokenizer(source)
-        set_template(tokenizer, recipe.format)
-        model = load_model(source, "float32", device, attention_for(student, device))
-        agree_on_end(model, tokenizer)
-        documents = encode_examples(
-            read_records(examples, Example),
-            tokenizer,
-            recipe.format,
-            int(model.config.max_position_embeddings),
-            end_ids(model),
+    sets = {"traces": tokenize(examples, "examples", tokenizer, recipe.format, ends, options, "examples")}
+    for replay in phase.replay:
+        chats = options.runs / "tokens" / f"{replay.name}-{step.identity}.chats.jsonl"
+        chats.parent.mkdir(parents=True, exist_ok=True)
+        write_chats(replay, recipe.format, chats)
+        try:
+            sets[replay.name] = tokenize(
+                chats, "chats", tokenizer, recipe.format, ends, options, f"replay set {replay.name}"
+            )
+        finally:
+            chats.unlink()
+    return sets
+
+
+def split(sets: dict[str, Documents], phase: SftPhase) -> tuple[list[Source], Documents | None]:
+    """What each epoch takes of the joined sets, and the traces set aside for the held-out loss.
+
+    Raises DataError if nothing would be left to train on.
+    """
+    import random
+
+    traces = len(sets["traces"])
+    order = list(range(traces))
+    if phase.heldout_traces >= traces:
+        raise DataError(
+            f"student.phases.N.heldout_traces is {phase.heldout_traces}, but there are {traces} traces; set it lower"
         )
-        check_vocabulary(documents, model.get_input_embeddings().num_embeddings)
-        counts = train(model, documents, phase, student.precision, run)
-        save_student(model, tokenizer, run.path("model"))
-        check_saved(run.path("model"), tokenizer, next(read_records(examples, Example)).prompt, recipe)
-        run.seal(digest=file_digest(run.path("model/model.safetensors")), counts={**documents.counts, **counts})
+    random.Random(f"{HELDOUT_SEED}:{phase.seed}").shuffle(order)
+    aside = sorted(order[: phase.heldout_traces])
+    sources = [Source(sorted(order[phase.heldout_traces :]))]
+    start = traces
+    for replay in phase.replay:
+        size = len(sets[replay.name])
+        sources.append(Source(range(start, start + size), replay.weight))
+        start += size
+    return sources, sets["traces"].subset(aside) if aside else None
 
 
-def train(model: Any, documents: Documents, phase: SftPhase, precision: str, run: OpenRun) -> dict[str, Any]:
-    """Train in place, writing metrics.jsonl and checkpoints; returns what was counted."""
-    from distill.interrupts import graceful
+def train(ready: Ready, recipe: Recipe, run: OpenRun, world: World) -> dict[str, Any]:
+    """Train, writing metrics.jsonl and checkpoints, then save the student; returns what was counted."""
+    phase, student = ready.phase, ready.student
+    checkpoint_activations(ready.model, phase)
+    look = watcher(ready, recipe, run) if phase.monitor else None
+    trainer = Trainer(
+        ready.model, ready.documents, phase, student.precision, run.work, ready.sources, world, student.parallel, look
+    )
+    say_plan(trainer, run)
+    append = write_metrics(run.path("metrics.jsonl"), trainer.resumed_from) if world.main else lambda values: None
+    lengths = ready.documents.lengths
+    tokens = [sum(int(lengths[index]) for index in chosen) for chosen in trainer.plan]
+    usage = Usage.of(trainer, run.options)
+    settings = {**phase.model_dump(mode="json"), "precision": student.precision, "init": student.init}
+    with (
+        graceful() as stop,
+        progress(
+            f"train {run.step.name}",
+            sum(tokens),
+            run.options if world.main else quiet(run.options),
+            unit="tok",
+            done=sum(tokens[: trainer.resumed_from]),
+        ) as bar,
+        trackers(
+            student.trackers if world.main else (), "distill", run.step.name, run.folder / "trackers", settings
+        ) as send,
+    ):
+        for report in trainer.run(stop):
+            values = usage.row(report) if isinstance(report, StepReport) else dict(report)
+            append(values)
+            send(values, values["step"])
+            if isinstance(report, StepReport):
+                bar.advance(report.tokens, step=f"{report.step}/{len(trainer.plan)}", loss=f"{report.loss:.3f}")
+    save(trainer, ready, recipe, run)
+    counts = {**ready.counts, **summarise(trainer, run.path("metrics.jsonl"), phase)} if world.main else {}
+    if world.main:
+        write_student_card(recipe, run, counts)
+    return counts
 
+
+class Usage(NamedTuple):
+    """What turns a step's report into a row of metrics: speed, memory and use of the hardware."""
+
+    trainer: Trainer
+    shape: Any
+    peak: float
+    device: str
+
+    @classmethod
+    def of(cls, trainer: Trainer, options: RunOptions) -> "Usage":
+        """For a trainer, with the machine's peak measured now."""
+        device = str(trainer.model.device)
+        precision = "bf16" if trainer.model.dtype.itemsize == 2 else "fp32"
+        peak = peak_flops(precision, device, options.cpu_threads) * trainer.world.size
+        return cls(trainer, shape_of(trainer.model), peak, device)
+
+    def row(self, report: StepReport) -> dict[str, Any]:
+        """The report as plain values with tokens/s, MFU and memory."""
+        documents = self.trainer.documents
+        lengths = [int(documents.lengths[index]) for index in self.trainer.plan[report.step - 1]]
+        flops = self.shape.flops(lengths, report.supervised)
+        return {
+            **report._asdict(),
+            "tokens_per_s": round(report.tokens / report.seconds, 1),
+            "supervised_per_s": round(report.supervised / report.seconds, 1),
+            "mfu": round(flops / report.seconds / self.peak, 4),
+            "memory_mb": round(peak_memory_mb(self.device), 1),
+        }
+
+
+def quiet(options: RunOptions) -> RunOptions:
+    """The same options, for a process that says nothing."""
+    from dataclasses import replace
+
+    return replace(options, quiet=True)
+
+
+def say_plan(trainer: Trainer, run: OpenRun) -> None:
+    """Say what the plan comes to before it runs: packing must not make training shorter unseen."""
+    if run.options.quiet or not trainer.world.main:
+        return
+    steps, documents = len(trainer.plan), sum(map(len, trainer.plan))
+    say(
+        f"{run.step.label}: {documents:,} documents ({documents / max(1, steps):,.1f} a step) in {steps:,} steps"
+        + (f", going on after step {trainer.resumed_from:,}" if trainer.resumed_from else "")
+    )
+    if steps < 20:
+        say(
+            f"{run.step.label}: only {steps} optimizer steps; if that is fewer than meant, lower"
+            f" student.phases.{run.step.args['phase']}.step_tokens ({trainer.phase.step_tokens:,})"
+        )
+
+
+def watcher(ready: Ready, recipe: Recipe, run: OpenRun) -> Watcher:
+    """The monitor's look, with the problems of its sets."""
+    monitor = ready.phase.monitor
+    assert monitor is not None and run.step.args.get("sets") is not None
+    prompts: dict[str, list[Prompt]] = {}
+    for name in monitor.sets:
+        assert recipe.evaluate is not None  # the recipe's own validation
+        folder = run.step.args["sets"][name].folder
+        prompts[name] = set_prompts(recipe.evaluate, name, folder / "heldout.jsonl")[: monitor.problems]
+    return Watcher(monitor, recipe, ready.tokenizer, ready.heldout, prompts, run.folder / "looks", quiet(run.options))
+
+
+def checkpoint_activations(model: Any, phase: SftPhase) -> None:
+    """Recompute activations where the phase asks for it."""
     if phase.gradient_checkpointing:
         # transformers renamed it in the middle of version 5
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
-    trainer = Trainer(model, documents, phase, precision, run.work)
-    append = write_metrics(run.path("metrics.jsonl"), trainer.resumed_from)
-    total = sum(documents.lengths[index] for chosen in trainer.plan for index in chosen)
-    done = sum(documents.lengths[index] for chosen in trainer.plan[: trainer.resumed_from] for index in chosen)
-    with graceful() as stop, progress(f"train {run.step.name}", total, run.options, unit="tok", done=done) as bar:
-        for report in trainer.run(stop):
-            append({**report._asdict(), "tokens_per_s": round(report.tokens / report.seconds, 1)})
-            bar.advance(report.tokens, step=f"{report.step}/{len(trainer.plan)}", loss=f"{report.loss:.3f}")
-    return summarise(trainer, run.path("metrics.jsonl"), phase)
 
 
 def summarise(trainer: Trainer, metrics: Path, phase: SftPhase) -> dict[str, Any]:
     """Totals over all steps, from metrics.jsonl, so that they are right after a resume too."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    reports = [StepReport(**{name: row[name] for name in StepReport._fields}) for row in rows]
-    tokens, packs = sum(r.tokens for r in reports), sum(r.packs for r in reports)
+    reports = [StepReport(**{name: row[name] for name in StepReport._fields}) for row in rows if "loss" in row]
+    looks = [row for row in rows if "loss" not in row]
+    tokens, packs, cells = (sum(getattr(r, name) for r in reports) for name in ("tokens", "packs", "cells"))
+    room = packs * phase.micro_batch_tokens if phase.batching == "packed" else cells
+    stopped = trainer.stopping
     return {
-        "steps": len(trainer.plan),
+        "steps": len(reports),
+        "steps_planned": len(trainer.plan),
         "tokens": tokens,
         "supervised_tokens": sum(r.supervised for r in reports),
-        "packing_efficiency": round(tokens / max(1, packs * phase.micro_batch_tokens), 4),
+        "packs": packs,
+        "packing_efficiency": round(tokens / max(1, room), 4),
         "first_loss": reports[0].loss if reports else None,
         "last_loss": reports[-1].loss if reports else None,
+        **({"best_step": stopped.best_step, "best": stopped.best} if stopped.best_step is not None else {}),
+        **({"looks": {"first": looks[0], "last": looks[-1]}} if looks else {}),
         "train_seconds": round(sum(r.seconds for r in reports), 3),
     }
 
@@ -131,6 +333,45 @@ def attention_for(student: StudentConfig, device: str) -> str:
 
     flash = device.startswith("cuda") and student.precision == "bf16" and is_flash_attn_2_available()
     return "flash_attention_2" if flash else PER_DOCUMENT
+
+
+# --- saving ---------------------------------------------------------------------------------------------------------
+
+
+def save(trainer: Trainer, ready: Ready, recipe: Recipe, run: OpenRun) -> None:
+    """Write the student as a plain checkpoint and check what was written; every process takes part."""
+    from .weights import Sharded
+
+    model = ready.model
+    if isinstance(trainer.weights, Sharded) or ready.phase.lora is not None:
+        state = trainer.weights.state()
+        model = plain_student(ready, state, recipe) if trainer.world.main else None
+    if trainer.world.main:
+        save_student(model, ready.tokenizer, run.path("model"))
+        prompt = next(read_records(run.step.result("examples").path("examples.jsonl"), Example)).prompt
+        check_saved(run.path("model"), ready.tokenizer, prompt, recipe)
+
+
+def plain_student(ready: Ready, state: dict[str, Any], recipe: Recipe) -> Any:
+    """The trained student in one piece on the CPU, adapters merged, rounded to what it was trained in."""
+    import torch
+
+    from .weights import DTYPES
+
+    model = load_model(ready.source, "float32", "cpu", "sdpa")
+    add_tokens(model, load_tokenizer(ready.source), ready.student.new_tokens)
+    agree_on_end(model, ready.tokenizer)
+    if ready.phase.lora is not None:
+        model = merged(model, ready.phase.lora, state, ready.phase.seed)
+    else:
+        own = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in state.items():
+                own[name].copy_(value)
+    for parameter in model.parameters():  # not `to`: the rotary tables stay fp32
+        parameter.data = parameter.data.to(DTYPES[ready.student.precision])
+    model.config.dtype = DTYPES[ready.student.precision]
+    return model
 
 
 def require_end_token(tokenizer: Any) -> None:
@@ -183,7 +424,15 @@ def check_saved(folder: Path, tokenizer: Any, prompt: Prompt, recipe: Recipe) ->
             raise FormatError(f"{folder / name}: does not stop at the trained end token {tokenizer.eos_token_id}")
 
 
-def _start(student: StudentConfig, step: Step) -> ModelSource:
+def write_student_card(recipe: Recipe, run: OpenRun, counts: dict[str, Any]) -> None:
+    """Put the model card beside the weights."""
+    from .card import facts_of, write_card
+
+    rows = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
+    write_card(run.path("model"), facts_of(recipe, run.step, counts, [row for row in rows if "loss" not in row]))
+
+
+def start_of(student: StudentConfig, step: Step) -> ModelSource:
     """The model a phase starts from."""
     if "model" in step.upstream:
         folder = step.result("model").path("model")

@@ -4,36 +4,41 @@ Written from what the run counted, with nothing that differs from one run to the
 licence that nobody stated, is said and not guessed. Local folders and addresses of servers are left out.
 """
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
 
 from distill import __version__
-from distill.config import PromptSource, Recipe, TeacherConfig, is_hashed
+from distill.cards import (
+    code,
+    fenced,
+    html_text,
+    markdown_table,
+    one_line,
+    origin,
+    published,
+    sampling,
+    text,
+    without_folders,
+)
+from distill.config import Recipe, TeacherConfig
+from distill.licences import Stated, hub_fields, in_table, problems
 from distill.records import Example, Teacher
 from distill.runs import Step
 
 from .funnel import REASONS, Funnel, actions
-from .licences import Stated, hub_fields, problems
 from .training_set import Contents, DataFile
 
-EXAMPLE_CHARS = 3000
-"""Longest text of an example that is shown whole."""
 TAGS = ("reasoning", "knowledge-distillation", "synthetic")
 OUTCOMES = ("correct", "wrong", "unverifiable", "timeout", "error")
-PUBLISHED = ("name", "licence")
-"""Fields of a recipe that are shown though no identity depends on them."""
 
 COLUMNS = {
     "prompt": "the messages that the teacher was asked, without any system prompt",
     "reasoning": "the teacher's reasoning, without markers; null where the recipe trains on answers alone",
     "answer": "what the teacher wrote after it",
-    "messages": "the prompt and the answer as one chat, the reasoning inside `{open}` and `{close}`",
+    "messages": "the prompt and the answer as one chat, the reasoning inside {open} and {close}",
     "gold": "the reference answer that the verifier compared with",
     "source": "name of the prompt source",
     "licence": "licence of the prompt, as its source states it",
@@ -64,7 +69,7 @@ def card(facts: Facts) -> str:
         header, opening, splits, columns, sources, teacher, licences, selection, verdicts, examples, reproduction,
         files, limits,
     )  # fmt: skip
-    return "\n\n".join(text for part in parts if (text := part(facts))) + "\n"
+    return "\n\n".join(section for part in parts if (section := part(facts))) + "\n"
 
 
 # --- the header -----------------------------------------------------------------------------------------------------
@@ -104,7 +109,7 @@ def size_category(rows: int) -> str:
 
 def opening(facts: Facts) -> str:
     """The first paragraph."""
-    funnel, models = facts.funnel, sorted({name(found) for found in facts.contents.teachers})
+    funnel, models = facts.funnel, sorted({text(name(found)) for found in facts.contents.teachers})
     tokens = f" {facts.contents.output_tokens:,} tokens," if facts.contents.output_tokens else ""
     return (
         f"# {facts.recipe.name}\n\n"
@@ -132,9 +137,9 @@ def splits(facts: Facts) -> str:
 
 def columns(facts: Facts) -> str:
     """Their meaning."""
-    markers = {"open": facts.recipe.format.open_marker, "close": facts.recipe.format.close_marker}
-    texts = {column: text.format(**markers) for column, text in COLUMNS.items()}
-    return "## Columns\n\n" + markdown_table(["column", "meaning"], [[f"`{c}`", text] for c, text in texts.items()])
+    markers = {"open": code(facts.recipe.format.open_marker), "close": code(facts.recipe.format.close_marker)}
+    rows = [[f"`{column}`", meaning.format(**markers)] for column, meaning in COLUMNS.items()]
+    return "## Columns\n\n" + markdown_table(["column", "meaning"], rows)
 
 
 def sources(facts: Facts) -> str:
@@ -156,13 +161,13 @@ def teacher(facts: Facts) -> str:
     asked = asked_teacher(facts)
     rows = [
         [
-            name(t),
-            t.revision or "not known",
-            f"{t.engine} {t.engine_version}".strip(),
+            text(name(t)),
+            text(t.revision or "not known"),
+            text(f"{t.engine} {t.engine_version}"),
             in_table(_said(t, asked)),
             f"{n:,}",
         ]
-        for t, n in sorted(facts.contents.teachers.items(), key=lambda found: (-found[1], found[0].model_dump_json()))
+        for t, n in facts.contents.by_teacher
     ]
     table = markdown_table(["model", "revision", "engine", "licence", "examples"], rows)
     return f"## Teacher\n\n{table}\n\n" + "\n".join(f"- {line}" for line in sampling(asked))
@@ -174,30 +179,12 @@ def asked_teacher(facts: Facts) -> TeacherConfig:
     return facts.recipe.teacher
 
 
-def sampling(asked: TeacherConfig) -> Iterator[str]:
-    """How the answers were drawn, as far as the recipe decides it."""
-    if asked.engine == "recorded":
-        yield "Recorded traces: how they were drawn is not known here."
-    elif asked.engine == "solver":
-        yield "Worked solutions by a program, no language model."
-    else:
-        drawn, limit = asked.sampling, asked.sampling.max_new_tokens
-        yield f"Sampling: temperature {drawn.temperature:g}, top_p {drawn.top_p:g}, at most {limit:,} tokens."
-        if asked.escalate:
-            yield f"Cut-off answers were asked for again with at most {', '.join(map(str, asked.escalate))} tokens."
-        yield "System prompt: " + (f"`{one_line(asked.system)}`." if asked.system is not None else "none.")
-    if asked.until is not None:
-        yield f"Until {asked.until.correct} correct, at most {asked.until.tries} samples a prompt."
-    elif asked.sampling.n > 1:
-        yield f"{asked.sampling.n} samples a prompt."
-
-
 def licences(facts: Facts) -> str:
     """What stands in the way of using it freely."""
     found = list(problems(stated_licences(facts)))
     if not found:
         return "## Licences\n\nEvery source and the teacher state a licence that is known; see the tables above."
-    listed = "\n".join(f"- {one_line(problem)}" for problem in found)
+    listed = "\n".join(f"- {problem}" for problem in found)
     return f"## Licences\n\nOpen questions, to be settled before this data set is passed on:\n\n{listed}"
 
 
@@ -239,7 +226,7 @@ def verdicts(facts: Facts) -> str:
         [source, *(f"{found[outcome]:,}" for outcome in OUTCOMES), f"{found.total():,}"]
         for source, found in sorted(facts.funnel.outcomes.items())
     ]
-    verifiers = ", ".join(f"`{label}`" for label in facts.step.fields.get("verifiers", ()))
+    verifiers = ", ".join(code(label) for label in facts.step.fields.get("verifiers", ()))
     return f"## Verdicts\n\nBy {verifiers or 'the verifier of each prompt'}.\n\n" + markdown_table(
         ["source", *OUTCOMES, "verified"], rows
     )
@@ -253,7 +240,7 @@ def examples(facts: Facts) -> str:
 def folded(example: Example) -> str:
     """One example in a block that opens when it is clicked."""
     parts = {"prompt": example.prompt.text, "reasoning": example.reasoning, "answer": example.answer}
-    shown = "\n\n".join(f"{title}:\n\n{fenced(text)}" for title, text in parts.items() if text)
+    shown = "\n\n".join(f"{title}:\n\n{fenced(part)}" for title, part in parts.items() if part)
     asked, gold = one_line(example.prompt.text), example.prompt.gold
     title = (asked if len(asked) <= 100 else f"{asked[:100]}…") + (f" (reference: {one_line(gold)})" if gold else "")
     return f"<details>\n<summary>{html_text(title)}</summary>\n\n{shown}\n\n</details>"
@@ -265,7 +252,7 @@ def reproduction(facts: Facts) -> str:
         **facts.step.upstream["prompts"].fields.get("roots", {}),
         **facts.step.upstream["traces"].fields.get("roots", {}),
     }
-    inputs = "\n".join(f"- `{what}`: `{digest}`" for what, digest in roots.items())
+    inputs = "\n".join(f"- {code(what)}: {code(str(digest))}" for what, digest in roots.items())
     recipe = yaml.safe_dump(published_recipe(facts.recipe), sort_keys=False, allow_unicode=True, width=100)
     return (
         "## Make it again\n\nSave this as `recipe.yaml`, beside it the files it names, and run"
@@ -303,7 +290,7 @@ def known_limits(facts: Facts) -> Iterator[str]:
     if facts.recipe.format.system is not None:
         yield (
             "`messages` has no system prompt; the recipe trains its student with"
-            f" `{one_line(facts.recipe.format.system) or '(an empty one)'}`."
+            f" {code(facts.recipe.format.system) if facts.recipe.format.system.strip() else 'an empty one'}."
         )
     yield (
         "Some chat templates (those of R1 and Qwen3 among them) cut reasoning out of an assistant's turn: look at the"
@@ -332,11 +319,6 @@ def _said(found: Teacher, asked: TeacherConfig) -> set[str | None]:
     return {*said} or {None}
 
 
-def in_table(licences: Iterable[str | None]) -> str:
-    """For a cell."""
-    return ", ".join(sorted(licence or "**not stated**" for licence in licences))
-
-
 # --- the recipe as it can be shown ----------------------------------------------------------------------------------
 
 
@@ -349,67 +331,6 @@ def published_recipe(recipe: Recipe) -> dict[str, Any]:
     return kept | ({"format": markers} if markers else {}) | ({"evaluate": {"sets": sets}} if sets else {})
 
 
-def published(value: Any) -> Any:
-    """A section as plain values: what has its default and what says only where or at what price is left out."""
-    if isinstance(value, BaseModel):
-        fields = {
-            key: getattr(value, key)
-            for key, field in type(value).model_fields.items()
-            if (is_hashed(field) or key in PUBLISHED)
-            and getattr(value, key) != field.get_default(call_default_factory=True)
-        }
-        return {key: published(part) for key, part in fields.items()}
-    if isinstance(value, dict):
-        return {key: published(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [published(part) for part in value]
-    if isinstance(value, Path):
-        return value.name
-    return without_folders(value) if isinstance(value, str) else value
-
-
-def without_folders(text: str) -> str:
-    """The last part of a local path; any other text as it is."""
-    return Path(text).name if re.fullmatch(r"(?:~|\.{1,2})?/\S+", text) else text
-
-
 def name(found: Teacher) -> str:
     """What a teacher is called."""
     return without_folders(found.model) or found.engine
-
-
-def origin(source: PromptSource) -> str:
-    """Where a source's problems come from."""
-    if source.reasoning_gym is not None:
-        return f"reasoning-gym task `{source.reasoning_gym.task}`, seed {source.reasoning_gym.seed}"
-    if source.hub is not None:
-        return f"`{without_folders(source.hub.id)}` {source.hub.config or ''} {source.hub.split}".replace("  ", " ")
-    return f"file `{source.file.name}`" if source.file is not None else ""
-
-
-# --- Markdown -------------------------------------------------------------------------------------------------------
-
-
-def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; bars and line ends in cells are made harmless."""
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(one_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def one_line(text: str) -> str:
-    """White space folded."""
-    return " ".join(text.split())
-
-
-def html_text(text: str) -> str:
-    """Text that no reader takes for markup."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def fenced(text: str, language: str = "text") -> str:
-    """A block of text as it is, the middle of a long one left out; its fence is longer than any in the text."""
-    half = EXAMPLE_CHARS // 2
-    if len(text) > EXAMPLE_CHARS and language == "text":
-        text = f"{text[:half]}\n[… {len(text) - 2 * half:,} characters …]\n{text[-half:]}"
-    fence = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`+", text)), 3)
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -240,7 +240,9 @@ def decide(recipe: Recipe, step: Step, opened: OpenRun) -> SealedRun:
         raise DataError(funnel.nothing_left(step.label))
     facts = Facts(recipe, step, funnel, training_set.contents, training_set.files, sets.sizes)
     dataset = publish(facts, folder, opened.path("dataset"), step.label)
-    return opened.seal(funnel.digest, {**funnel.counts, "dataset": dataset})
+    # the card of a student that learns from these examples says who wrote them
+    teachers = [teacher.model_dump() | {"examples": n} for teacher, n in training_set.contents.by_teacher]
+    return opened.seal(funnel.digest, {**funnel.counts, "teachers": teachers, "dataset": dataset})
 
 
 class EvaluationSets(NamedTuple):

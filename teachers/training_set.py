@@ -71,6 +71,11 @@ class Contents:
         if len(self.shown) < SHOWN:
             self.shown.append(example)
 
+    @property
+    def by_teacher(self) -> list[tuple[Teacher, int]]:
+        """Who wrote how many examples, most first."""
+        return sorted(self.teachers.items(), key=lambda found: (-found[1], found[0].model_dump_json()))
+
     def note_heldout(self, prompt: Prompt) -> None:
         """Count a held-out prompt."""
         self.heldout[prompt.source] += 1

@@ -1,9 +1,12 @@
 """Shared fixtures: a clean environment, tiny random models, and a check that stage folders stay in their namespace."""
 
+import importlib.util
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -192,3 +195,29 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
         return Said(int(code or 0), said.out, said.err)
 
     return call
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A function that runs the command line in a process of its own, which the client of hubs reads its settings in."""
+
+    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        outside = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        home = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        return subprocess.run(
+            [sys.executable, "-m", "distill.cli", *map(str, arguments)],
+            cwd=tmp_path, env={**outside, **home, **environment}, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def open_hub() -> Iterator[Callable[..., Any]]:
+    """A function from the names of an earlier push to a hub that runs until the test ends."""
+    spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).parent / "hub_server.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with ExitStack() as stack:
+        yield lambda *earlier: stack.enter_context(module.running(earlier))

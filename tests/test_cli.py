@@ -20,7 +20,7 @@ from distill.records import Flag, Item, Message, Prompt, Teacher, Trace, Usage, 
 Cli = Callable[..., "conftest.Said"]  # type: ignore[name-defined]  # noqa: F821 - pytest keeps conftest out of reach
 
 HEAVY = ("torch", "transformers", "onnxruntime", "onnxruntime_genai", "datasets", "reasoning_gym", "sympy", "pandas")
-VERBS = (*STAGE_VERBS, "init", "report", "inspect", "verify", "doctor")
+VERBS = (*STAGE_VERBS, "init", "generate", "select", "train", "report", "inspect", "verify", "doctor")
 
 
 def bare_environment() -> dict[str, str]:
@@ -211,6 +211,50 @@ def test_init_names_the_nearest_recipe(cli: Cli) -> None:
 def test_init_into_a_folder_that_is_not_there_says_so(cli: Cli, tmp_path: Path) -> None:
     said = cli("init", "recorded-gsm8k", "--to", tmp_path / "none" / "mine.yaml")
     assert said.code == 2 and "no such folder" in said.error_line
+
+
+# --- pushing to a hub -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_recipe(write_recipe: Callable[..., Path], tiny_model: Callable[[str], Path], tmp_path: Path) -> Path:
+    (tmp_path / "sums.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    phases = [{"kind": "sft", "max_steps": 1}]
+    return write_recipe(
+        prompts=[{"name": "sums", "file": "sums.jsonl"}],
+        teacher={"engine": "solver"},
+        student={"init": str(tiny_model("llama")), "phases": phases},
+    )
+
+
+@pytest.mark.parametrize("verb", ["select", "train"])
+def test_private_goes_with_a_push(cli: Cli, tiny_recipe: Path, tmp_path: Path, verb: str) -> None:
+    said = cli(verb, tiny_recipe, "--runs", tmp_path / "runs", "--private")
+    assert said.code == 2 and said.error_line == "--private goes with --push-to-hub USER/NAME"
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("verb", ["select", "train"])
+def test_a_push_that_cannot_succeed_is_refused_before_any_work(
+    cli: Cli, tiny_recipe: Path, tmp_path: Path, verb: str
+) -> None:
+    pytest.importorskip("huggingface_hub")
+    said = cli(verb, tiny_recipe, "--runs", tmp_path / "runs", "--push-to-hub", "nobody")
+    assert said.code == 2 and "write it as USER/NAME" in said.error_line
+    said = cli(verb, tiny_recipe, "--runs", tmp_path / "runs", "--push-to-hub", "ada/tiny")
+    assert said.code == 2 and "HF_HUB_OFFLINE is set" in said.error_line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_of_a_push_shows_the_plan_alone(cli: Cli, tiny_recipe: Path, tmp_path: Path) -> None:
+    said = cli("train", tiny_recipe, "--runs", tmp_path / "runs", "--push-to-hub", "ada/tiny", "--dry-run", "--json")
+    assert said.code == 0 and [row["label"] for row in said.json["stages"]][-1] == "train:0"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_recipe_that_trains_nothing_has_nothing_to_push(cli: Cli, write_recipe: Callable[..., Path]) -> None:
+    said = cli("train", write_recipe(), "--dry-run")
+    assert said.code == 2 and "nothing to train; add a student section" in said.error_line
 
 
 # --- inspect --------------------------------------------------------------------------------------------------------

@@ -10,11 +10,19 @@ from hypothesis import strategies as st
 from distill.config import FormatConfig
 from distill.errors import FormatError, ModelError
 from distill.format import (
+    ANSWER,
+    EOS,
+    PROMPT,
+    SEGMENTS,
+    THINK,
+    Document,
     Parsed,
+    Turn,
     check_markers_survive,
     check_round_trip,
     encode_document,
     encode_prompt,
+    encode_turns,
     opens_reasoning,
     parse_completion,
     parse_fields,
@@ -31,6 +39,8 @@ CHATML = (
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|pad|>"]
 ASKED = [Message(role="user", content="What is 2 + 2?")]
 TEXT = st.text(max_size=60).map(str.strip)
+EDGES = st.sampled_from(["", "🙂", "🏳️‍🌈", "思", "答え", "é", "e\u0301", "\u200b", ">", "\\boxed{4}", "0", "- a\n"])
+"""What tokenizers cut in unlike ways: characters of several bytes or of several code points, marks, digits."""
 MARKERS = st.sampled_from([("<think>", "</think>"), ("<|begin|>", "<|end|>"), ("[思", "思]")])
 
 
@@ -189,6 +199,131 @@ def test_a_document_starts_with_the_ids_that_inference_sends_and_ends_in_the_end
     assert document.ids[: document.prompt_tokens] == encode_prompt(chosen, prompt)
     assert document.ids[-1] == chosen.eos_token_id
     check_round_trip(chosen, document, render_completion(reasoning, answer, prompt, config))
+
+
+@pytest.fixture(scope="module")
+def merging() -> Any:
+    """A tokenizer whose tokens cross words and lines."""
+    return build_tokenizer(split_words=False)
+
+
+@settings(max_examples=300)
+@given(
+    st.tuples(EDGES, TEXT, EDGES), st.tuples(EDGES, TEXT, EDGES), MARKERS, st.sampled_from(["words", "r1", "merging"])
+)
+def test_segments_follow_one_another_and_say_together_what_the_completion_says(
+    tokenizer: Any, r1_tokenizer: Any, merging: Any, reasoning_parts: Any, answer_parts: Any, markers: Any, kind: str
+) -> None:
+    reasoning, answer = "".join(reasoning_parts), "".join(answer_parts)
+    assume(answer == answer.strip())
+    chosen = {"words": tokenizer, "r1": r1_tokenizer, "merging": merging}[kind]
+    config = FormatConfig(open_marker=markers[0], close_marker=markers[1])
+    prompt = render_prompt(chosen, ASKED, config)
+    completion = render_completion(reasoning, answer, prompt, config)
+    document = encode_document(chosen, ASKED, reasoning, answer, config)
+    assert len(document.segments) == len(document.ids)
+    assert list(document.segments) == sorted(document.segments), "prompt, reasoning, answer, end"
+    assert document.segments.count(EOS) == 1
+    assert document.text(chosen, PROMPT) == prompt
+    think, said = document.text(chosen, THINK), document.text(chosen, ANSWER)
+    assert think + said == completion
+    end = completion.rindex(markers[1], 0, len(completion) - len(answer)) + len(markers[1])
+    assert think.startswith(completion[:end]) and not think[end:].strip(), "up to and with the closing marker"
+    if kind != "merging":
+        assert think == completion[:end]
+
+
+def test_an_answer_alone_has_no_segment_of_reasoning_even_where_it_speaks_of_the_markers(tokenizer: Any) -> None:
+    document = encode_document(tokenizer, ASKED, None, "Close it with </think>.\n\nSo: 4", FormatConfig())
+    assert document.text(tokenizer, ANSWER) == "Close it with </think>.\n\nSo: 4"
+    assert THINK not in document.segments
+
+
+def test_reasoning_ends_with_the_last_marker_before_the_answer(tokenizer: Any) -> None:
+    for reasoning, answer in (("a</think>b", "4"), ("a", "4</think>"), ("a", ""), ("", "4")):
+        document = encode_document(tokenizer, ASKED, reasoning, answer, FormatConfig())
+        assert document.text(tokenizer, THINK) == f"<think>\n{reasoning}\n</think>"
+        assert document.text(tokenizer, ANSWER) == f"\n\n{answer}"
+
+
+def test_segments_are_named_in_the_order_of_their_numbers() -> None:
+    assert [SEGMENTS[kind] for kind in (PROMPT, THINK, ANSWER, EOS)] == ["prompt", "think", "answer", "eos"]
+    document = Document([7, 8, 9, 2, 7], bytes([PROMPT, PROMPT, ANSWER, EOS, PROMPT]), False)
+    assert document.prompt_tokens == 2, "only those before the first supervised one"
+
+
+def test_a_tokenizer_that_cannot_say_where_its_tokens_stand_is_refused() -> None:
+    from transformers import ByT5Tokenizer
+
+    slow = ByT5Tokenizer()
+    slow.chat_template = CHATML
+    with pytest.raises(FormatError, match=r"cannot say where its tokens stand in a text; take a fast one"):
+        encode_document(slow, ASKED, "Add.", "4", FormatConfig())
+
+
+# --- several turns --------------------------------------------------------------------------------------------------
+
+STRIPPING = CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1].lstrip() }}")
+"""A template that takes the reasoning out of earlier turns."""
+TWO_TURNS = [
+    Turn(ASKED, "Add.", "4"),
+    Turn(
+        [
+            *ASKED,
+            Message(role="assistant", content="<think>\nAdd.\n</think>\n\n4"),
+            Message(role="user", content="Sure?"),
+        ],
+        "Check.",
+        "Yes.",
+    ),
+]
+
+
+def test_turns_are_one_document_where_the_second_prompt_begins_with_the_first_document(tokenizer: Any) -> None:
+    first, second = (encode_document(tokenizer, *turn, FormatConfig()) for turn in TWO_TURNS)
+    [document] = encode_turns(tokenizer, TWO_TURNS, FormatConfig())
+    assert document.ids == second.ids
+    assert document.segments[: len(first.ids)] == first.segments
+    assert document.segments[len(first.ids) :] == second.segments[len(first.ids) :]
+    assert document.text(tokenizer, EOS) == "<|im_end|><|im_end|>", "each turn learns to end"
+    assert document.text(tokenizer, ANSWER) == "\n\n4\n\nYes."
+    between = document.ids[len(first.ids) : second.prompt_tokens]
+    assert tokenizer.decode(between) == "\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_turns_are_documents_of_their_own_where_the_template_takes_earlier_reasoning_out() -> None:
+    stripping = build_tokenizer(template=STRIPPING)
+    documents = encode_turns(stripping, TWO_TURNS, FormatConfig())
+    assert documents == [encode_document(stripping, *turn, FormatConfig()) for turn in TWO_TURNS]
+    # the negative control: what the second turn stands behind is not what the first document says
+    assert "Add." not in documents[1].text(stripping, PROMPT)
+    assert documents[1].ids[: len(documents[0].ids)] != documents[0].ids
+
+
+def test_a_turn_whose_history_is_written_otherwise_than_the_student_would_is_a_document_of_its_own(
+    tokenizer: Any,
+) -> None:
+    first, second = TWO_TURNS
+    closer = [second.messages[0], Message(role="assistant", content="<think>Add.</think>4"), second.messages[2]]
+    documents = encode_turns(tokenizer, [first, second._replace(messages=closer)], FormatConfig())
+    assert [one.prompt_tokens for one in documents] == [
+        len(encode_prompt(tokenizer, render_prompt(tokenizer, messages, FormatConfig())))
+        for messages in (ASKED, closer)
+    ]
+
+
+def test_turns_whose_seam_differs_are_kept_apart_and_noticed(merging: Any) -> None:
+    plain, torn = "4", "\nThe answer is 4."  # with the line break of the prompt: `\n\n` is one token
+
+    def two(first: str, second: str) -> list[Turn]:
+        history = [*ASKED, Message(role="assistant", content=first), *ASKED]
+        return [Turn(ASKED, None, first), Turn(history, None, second)]
+
+    [joined] = encode_turns(merging, two(plain, torn), FormatConfig())
+    assert joined.seam_differs
+    apart = encode_turns(merging, two(torn, plain), FormatConfig())
+    assert [one.seam_differs for one in apart] == [True, False]
+    assert apart[1].ids[: len(apart[0].ids)] != apart[0].ids
 
 
 def test_padding_with_the_end_token_leaves_the_end_supervised(tokenizer: Any) -> None:

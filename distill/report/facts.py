@@ -113,6 +113,15 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
+class LookPoint:
+    """What the monitor measured after a step."""
+
+    step: int
+    tokens: int
+    figures: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Phase:
     """One phase of training."""
 
@@ -129,6 +138,9 @@ class Phase:
     averaged: int
     """Steps that each point of the curve stands for."""
     curve: tuple[CurvePoint, ...]
+    looks: tuple[LookPoint, ...] = ()
+    mfu: float | None = None
+    """Mean use of the machine's matrix products, weighted by time."""
 
 
 @dataclass(frozen=True)
@@ -350,7 +362,8 @@ def phase(run: StageRun, pipeline: Pipeline) -> Phase:
     index = int(run.label.partition(":")[2] or 0)
     phases = pipeline.section("student").get("phases", [])
     kind = phases[index].get("kind", "") if index < len(phases) else ""
-    rows = list(_metrics(run.file("metrics.jsonl")))
+    every = list(_metrics(run.file("metrics.jsonl")))
+    rows = [row for row in every if "loss" in row]
     seconds, tokens = (sum(row[key] for row in rows) for key in ("seconds", "tokens"))
     averaged = -(-len(rows) // CURVE_POINTS) or 1
     return Phase(
@@ -365,17 +378,30 @@ def phase(run: StageRun, pipeline: Pipeline) -> Phase:
         last_loss=rows[-1]["loss"] if rows else None,
         averaged=averaged,
         curve=tuple(_curve(rows, averaged)),
+        looks=tuple(_looks(every)),
+        mfu=sum(row["mfu"] * row["seconds"] for row in rows) / seconds if seconds and "mfu" in rows[0] else None,
     )
 
 
+def _looks(rows: Sequence[Mapping[str, Any]]) -> Iterator[LookPoint]:
+    """The monitor's rows, with the tokens trained on before each."""
+    tokens = 0
+    for row in rows:
+        if "loss" in row:
+            tokens += row["tokens"]
+        else:
+            figures = {name: value for name, value in row.items() if name != "step" and isinstance(value, int | float)}
+            yield LookPoint(row["step"], tokens, figures)
+
+
 def _metrics(path: Path | None) -> Iterator[dict[str, Any]]:
-    """Rows of metrics.jsonl that tell of a step; a line that a kill tore is left out."""
+    """Rows of metrics.jsonl, of steps and of looks; a line that a kill tore is left out."""
     for line in path.read_text(encoding="utf-8").splitlines() if path else ():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if "loss" in row and "step" in row:
+        if "step" in row:
             yield row
 
 

@@ -157,6 +157,8 @@ def _phase_tiles(phase: Phase) -> Iterator[tuple[str, str, str]]:
     yield "Tokens", f"{phase.tokens:,}", supervised
     if phase.tokens_per_s is not None:
         yield "Speed", f"{phase.tokens_per_s:,.0f} tokens/s", f"{duration(phase.tokens / phase.tokens_per_s)} of steps"
+    if phase.mfu is not None:
+        yield "MFU", percent(phase.mfu), "of the matrix products measured here"
     if phase.first_loss is not None and phase.last_loss is not None:
         yield "Loss, nats/token", f"{phase.first_loss:.3f} → {phase.last_loss:.3f}", "first and last step"
     if "packing_efficiency" in counts:
@@ -179,7 +181,52 @@ def _curves(phase: Phase) -> str:
     rates = axis_of("learning rate", [0.0, *(value for _, value in rate)], _exponent, most=2)
     charts += lines("Learning rate", [Line("learning rate", "m-base", rate)], x, rates, small=True)
     averaged = f'<p class="note">Each point is the mean of {phase.averaged} steps.</p>' if phase.averaged > 1 else ""
-    return charts + averaged + fold("The curve as numbers", _curve_table(phase))
+    return charts + averaged + _look_charts(phase) + fold("The curve as numbers", _curve_table(phase))
+
+
+LOOK_COLOURS = ("m-student", "m-v0", "m-v1", "m-v2", "m-v3", "m-v4")
+
+
+def _look_charts(phase: Phase) -> str:
+    """What the monitor saw: held-out loss by segment, and accuracy on each of its sets."""
+    if not phase.looks:
+        return ""
+    x = axis_to("tokens trained on", max(1, phase.looks[-1].tokens), _thousands)
+    losses = _look_series(phase, lambda name: name.startswith("heldout_loss"), _segment)
+    accuracies = _look_series(
+        phase, lambda name: name.endswith("/accuracy"), lambda name: name.removesuffix("/accuracy")
+    )
+    html = ""
+    for title, series in (("Held-out loss, nats per token", losses), ("Accuracy while training", accuracies)):
+        if series:
+            y = axis_of(title.partition(",")[0].lower(), [value for line in series for _, value in line.points])
+            html += lines(title, series, x, y, dots=True, small=True)
+    return html + fold("The looks as numbers", _look_table(phase))
+
+
+def _segment(name: str) -> str:
+    return name.removeprefix("heldout_loss_") if name != "heldout_loss" else "all"
+
+
+def _look_series(phase: Phase, wanted: Callable[[str], bool], shown: Callable[[str], str]) -> list[Line]:
+    names = [name for name in phase.looks[0].figures if wanted(name)]
+    return [
+        Line(
+            shown(name),
+            LOOK_COLOURS[place % len(LOOK_COLOURS)],
+            [(float(look.tokens), look.figures[name]) for look in phase.looks if name in look.figures],
+        )
+        for place, name in enumerate(names)
+    ]
+
+
+def _look_table(phase: Phase) -> str:
+    names = list(dict.fromkeys(name for look in phase.looks for name in look.figures))
+    rows = [
+        [f"{look.step:,}", *(NA if name not in look.figures else f"{look.figures[name]:.4g}" for name in names)]
+        for look in phase.looks
+    ]
+    return table(f"{phase.label}: looks", [Column("Step"), *(number(escape(name)) for name in names)], rows)
 
 
 def _curve_table(phase: Phase) -> str:

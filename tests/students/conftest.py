@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from distill.config import SftPhase
-from distill.models import PER_DOCUMENT, find_model, load_model, load_tokenizer
+from distill.attention import PER_DOCUMENT
+from distill.format import Document
+from distill.models import find_model, load_model, load_tokenizer
 from distill.students.data import Documents
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -60,8 +62,16 @@ def tokenizer(tiny_model: Callable[[str], Path]) -> Any:
 def random_documents(lengths: list[int], prompts: list[int], vocabulary: int = 512, seed: int = 0) -> Documents:
     """Documents of random ids (special ones too) with the given lengths and prompt lengths."""
     rng = np.random.default_rng(seed)
-    ids = [rng.integers(0, vocabulary, size=length).astype(np.int32) for length in lengths]
-    return Documents(ids, prompts, {})
+    return Documents.of(
+        Document(rng.integers(0, vocabulary, size=length).tolist(), segments_of(length, prompt), False)
+        for length, prompt in zip(lengths, prompts, strict=True)
+    )
+
+
+def segments_of(length: int, prompt: int) -> bytes:
+    """A prompt, then reasoning up to the middle of the rest, an answer, and an end."""
+    rest = length - prompt - 1
+    return bytes([0] * prompt + [1] * (rest // 2) + [2] * (rest - rest // 2) + [3])
 
 
 @pytest.fixture(scope="session")

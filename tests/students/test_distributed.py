@@ -1,0 +1,110 @@
+"""Several processes as one: the same numbers as one process, whatever shards, stops and comes back."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+TinyModel = Callable[[str], Path]
+SCRIPT = Path(__file__).with_name("train_in_ranks.py")
+
+pytestmark = pytest.mark.slow
+
+
+class Ended(NamedTuple):
+    """What a training left."""
+
+    code: int
+    made: dict[str, Any] | None
+    err: str
+
+
+def launch(
+    ranks: int, model: Path, work: Path, strategy: str, precision: str = "fp32", stop_after: int | None = None
+) -> Ended:
+    """Train in `ranks` processes; one is started without torchrun."""
+    work.mkdir(exist_ok=True)
+    out = work.with_suffix(".pt")
+    python = [sys.executable, "-W", "ignore"]
+    if ranks > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    given = [str(x) for x in (model, work, out, strategy, precision)] + ([str(stop_after)] if stop_after else [])
+    said = subprocess.run([*python, str(SCRIPT), *given], capture_output=True, text=True, timeout=240)
+    made = torch.load(out, weights_only=True) if out.exists() and not stop_after else None
+    return Ended(said.returncode, made, said.stderr[-3000:])
+
+
+def trained(*given: Any, **more: Any) -> dict[str, Any]:
+    ended = launch(*given, **more)
+    assert ended.code == 0 and ended.made is not None, ended.err
+    return ended.made
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Largest difference of weights, moments, losses and gradient norms, relative where they are above 1."""
+    assert one["weights"].keys() == other["weights"].keys()
+    pairs = [(one["weights"][name], other["weights"][name]) for name in one["weights"]]
+    pairs += [(state[k], other["optimizer"][n][k]) for n, state in one["optimizer"].items() for k in state]
+    numbers = [[*made["heldout"].values(), *(x for row in made["losses"] for x in row)] for made in (one, other)]
+    pairs.append(tuple(torch.tensor(row, dtype=torch.float64) for row in numbers))
+    return max(float(((a - b).abs() / b.abs().clamp(min=1)).max()) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return trained(1, tiny_model("qwen3"), tmp_path_factory.mktemp("alone") / "work", "ddp")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_what_one_does(
+    strategy: str, alone: dict[str, Any], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    both = trained(2, tiny_model("qwen3"), tmp_path / "work", strategy)
+    assert both["world"] == 2 and alone["world"] == 1
+    assert both["dtensors"] == (len(both["weights"]) if strategy == "fsdp" else 0)
+    assert any(packs % 2 for _, _, _, packs in both["losses"]), "some steps leave one process without a last pack"
+    assert difference(both, alone) < 1e-6
+
+
+def test_two_processes_with_other_seeds_would_be_seen(
+    alone: dict[str, Any], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    other = trained(1, tiny_model("llama"), tmp_path / "work", "ddp", "bf16")
+    assert abs(other["losses"][-1][1] - alone["losses"][-1][1]) > 1e-4
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_bf16_in_two_processes_stays_near_one_process_in_bf16(
+    strategy: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    one = trained(1, tiny_model("llama"), tmp_path / "one", "ddp", "bf16")
+    both = trained(2, tiny_model("llama"), tmp_path / "both", strategy, "bf16")
+    assert [packs for *_, packs in one["losses"]] == [packs for *_, packs in both["losses"]]
+    assert max(abs(a[1] - b[1]) for a, b in zip(one["losses"], both["losses"], strict=True)) < 0.02
+    assert all(w.dtype == torch.float32 for w in both["weights"].values()), "masters"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, "fsdp"), (1, "ddp")), ((1, "ddp"), (2, "fsdp")), ((2, "ddp"), (2, "fsdp"))]
+)
+def test_a_training_goes_on_with_another_number_of_processes(
+    before: tuple[int, str], after: tuple[int, str], alone: dict[str, Any], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    stopped = launch(before[0], tiny_model("qwen3"), tmp_path / "work", before[1], stop_after=3)
+    assert stopped.code != 0 and (tmp_path / "work.stopped").exists(), stopped.err
+    assert list((tmp_path / "work").glob("checkpoint-*.pt"))
+    rest = trained(after[0], tiny_model("qwen3"), tmp_path / "work", after[1])
+    assert rest["losses"][0][0] == 4 and rest["losses"][-1][0] == alone["losses"][-1][0]
+    rest["losses"] = alone["losses"][:3] + rest["losses"]
+    assert difference(rest, alone) < 1e-6
+
+
+def test_adapters_train_in_shards_too(tiny_model: TinyModel, tmp_path: Path) -> None:
+    one = trained(1, tiny_model("llama"), tmp_path / "one", "ddp-lora")
+    both = trained(2, tiny_model("llama"), tmp_path / "both", "fsdp-lora")
+    assert all("lora_" in name for name in both["weights"]) and both["dtensors"] == len(both["weights"])
+    assert difference(both, one) < 1e-6

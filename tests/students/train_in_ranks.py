@@ -1,0 +1,84 @@
+"""One process of a training that torchrun started: trains a tiny student and leaves what it ended with.
+
+usage: torchrun --nproc-per-node N train_in_ranks.py MODEL WORK OUT STRATEGY PRECISION [STOP_AFTER]
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from distill.attention import PER_DOCUMENT
+from distill.config import Lora, SftPhase
+from distill.errors import Interrupted
+from distill.format import Document
+from distill.interrupts import graceful
+from distill.models import find_model, load_model
+from distill.students.adapters import with_adapters
+from distill.students.data import Documents
+from distill.students.distributed import joined_world
+from distill.students.loop import StepReport, Trainer, heldout_losses
+from distill.students.optimizers import optimizer_state
+
+LENGTHS, PROMPTS = [9, 14, 5, 6, 20, 12, 7, 11, 16, 8, 3, 25], [3, 1, 4, 2, 11, 6, 2, 5, 8, 4, 1, 7]
+
+
+def documents() -> Documents:
+    rng = np.random.default_rng(0)
+    return Documents.of(
+        Document(rng.integers(3, 512, size=n).tolist(), bytes([0] * p + [1] * (n - p - 1) + [3]), False)
+        for n, p in zip(LENGTHS, PROMPTS, strict=True)
+    )
+
+
+def enliven(model: Any) -> Any:
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.15 * noise)
+    return model
+
+
+def main() -> None:
+    model_folder, work, out, strategy, precision, *stop_after = sys.argv[1:]
+    torch.set_num_threads(1)
+    phase = SftPhase(
+        kind="sft", lr=1e-3, epochs=3, step_tokens=64, micro_batch_tokens=24, weight_decay=0.1, grad_clip=0.5,
+        ema_decay=0.9, neftune_alpha=5.0, checkpoint_every_steps=2,
+        lora=Lora(rank=4, dropout=0.1) if strategy.endswith("lora") else None,
+    )  # fmt: skip
+    made = documents()
+    with joined_world("cpu") as world, graceful() as stop:
+        model = enliven(load_model(find_model(model_folder), "float32", "cpu", PER_DOCUMENT))
+        if phase.lora:
+            model = with_adapters(model, phase.lora, 0)
+        trainer = Trainer(
+            model, made, phase, precision, Path(work), world=world, parallel=strategy.removesuffix("-lora")
+        )
+        losses = []
+        try:
+            for report in trainer.run(stop):
+                assert isinstance(report, StepReport)
+                losses.append([report.step, report.loss, report.grad_norm, report.packs])
+                if stop_after and report.step == int(stop_after[0]) and world.rank == world.size - 1:
+                    os.kill(os.getpid(), signal.SIGTERM)  # one of them only: the others must learn of it
+        except Interrupted:
+            if world.main:
+                Path(out).with_suffix(".stopped").write_text(json.dumps(losses))
+            raise SystemExit(143) from None
+        heldout = heldout_losses(trainer, made)
+        state, optimizer = trainer.weights.state(), optimizer_state(trainer.optimizer, trainer.weights)
+        seen = {"world": world.size, "dtensors": sum(isinstance(p, DTensor) for p in trainer.weights.params)}
+        if world.main:
+            torch.save({"weights": state, "optimizer": optimizer, "losses": losses, "heldout": heldout, **seen}, out)
+
+
+if __name__ == "__main__":
+    main()
