@@ -118,7 +118,7 @@ def require_sound(subject: Subject) -> list[Finding]:
 
 def cheap(subject: Subject) -> Iterator[Finding]:
     """What takes a moment: the text of documents, ends, lengths, packing."""
-    yield from (look(subject) for look in (reasoning, ends, masks, lengths, steps, packing))
+    yield from (look(subject) for look in (template, reasoning, ends, masks, lengths, steps, packing))
 
 
 def _sample(documents: Documents) -> list[int]:
@@ -126,6 +126,20 @@ def _sample(documents: Documents) -> list[int]:
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
+
+
+def template(subject: Subject) -> Finding:
+    """The chat template gives the same prompt every day."""
+    text = str(subject.tokenizer.chat_template)
+    if "strftime_now" in text:
+        return Finding(
+            "template", "note",
+            "the chat template prints the day's date, so what is trained today is not quite what is sent tomorrow;"
+            " give format.template a file that prints a fixed date",
+        )  # fmt: skip
+    return Finding(
+        "template", "passed", f"the tokenizer's own, {len(text):,} characters, gives the same prompt every day"
+    )
 
 
 def reasoning(subject: Subject) -> Finding:

@@ -46,7 +46,10 @@ class StudentObjective(nn.Module):
         self.phase = phase
 
     def forward(self, pack: PackTensors) -> Losses:
-        """The pack's weighted loss, summed, and the negative log-likelihood of every row."""
+        """The pack's weighted loss, summed, and the negative log-likelihood of every row.
+
+        Without gradients the loss is the weighted likelihood alone, whatever smoothing and z-loss training adds.
+        """
         phase = self.phase
         hidden_NH = self.hidden(pack).flatten(0, 1)[pack.rows_N]
         head_VH = self.model.get_output_embeddings().weight

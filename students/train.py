@@ -8,6 +8,7 @@ end tokens agree with what was trained. Started in several processes, all of the
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,15 +149,11 @@ def tokenized(
     examples = step.result("examples").path("examples.jsonl")
     sets = {"traces": tokenize(examples, "examples", tokenizer, recipe.format, ends, options, "examples")}
     for replay in phase.replay:
-        chats = options.runs / "tokens" / f"{replay.name}-{step.identity}.chats.jsonl"
-        chats.parent.mkdir(parents=True, exist_ok=True)
-        write_chats(replay, recipe.format, chats)
-        try:
-            sets[replay.name] = tokenize(
-                chats, "chats", tokenizer, recipe.format, ends, options, f"replay set {replay.name}"
-            )
-        finally:
-            chats.unlink()
+        label = f"replay set {replay.name}"
+        with tempfile.TemporaryDirectory(prefix="chats-", dir=options.runs / "tokens") as folder:
+            chats = Path(folder) / f"{replay.name}.jsonl"
+            write_chats(replay, recipe.format, chats)
+            sets[replay.name] = tokenize(chats, "chats", tokenizer, recipe.format, ends, options, label)
     return sets
 
 

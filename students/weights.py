@@ -151,7 +151,12 @@ class Sharded:
 
         model: Any = objective.model
         mesh = init_device_mesh(model.device.type, (world.size,))
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        rounded = dtype not in (torch.float32, torch.float64)
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype if rounded else None,
+            reduce_dtype=torch.float32 if rounded else None,
+            cast_forward_inputs=False,
+        )
         for layer in decoder_of(model).layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(objective, mesh=mesh, mp_policy=policy)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill.config import SftPhase
 from distill.attention import PER_DOCUMENT
+from distill.config import SftPhase
 from distill.format import Document
 from distill.models import find_model, load_model, load_tokenizer
 from distill.students.data import Documents

@@ -24,7 +24,7 @@ class Ended(NamedTuple):
 
 
 def launch(
-    ranks: int, model: Path, work: Path, strategy: str, precision: str = "fp32", stop_after: int | None = None
+    ranks: int, model: Path, work: Path, strategy: str, precision: str = "fp64", stop_after: int | None = None
 ) -> Ended:
     """Train in `ranks` processes; one is started without torchrun."""
     work.mkdir(exist_ok=True)
@@ -77,6 +77,7 @@ def test_two_processes_with_other_seeds_would_be_seen(
     assert abs(other["losses"][-1][1] - alone["losses"][-1][1]) > 1e-4
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_bf16_in_two_processes_stays_near_one_process_in_bf16(
     strategy: str, tiny_model: TinyModel, tmp_path: Path
@@ -89,7 +90,12 @@ def test_bf16_in_two_processes_stays_near_one_process_in_bf16(
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [((2, "fsdp"), (1, "ddp")), ((1, "ddp"), (2, "fsdp")), ((2, "ddp"), (2, "fsdp"))]
+    ("before", "after"),
+    [
+        ((2, "fsdp"), (1, "ddp")),
+        pytest.param((1, "ddp"), (2, "fsdp"), marks=pytest.mark.full),
+        pytest.param((2, "ddp"), (2, "fsdp"), marks=pytest.mark.full),
+    ],
 )
 def test_a_training_goes_on_with_another_number_of_processes(
     before: tuple[int, str], after: tuple[int, str], alone: dict[str, Any], tiny_model: TinyModel, tmp_path: Path
@@ -103,6 +109,7 @@ def test_a_training_goes_on_with_another_number_of_processes(
     assert difference(rest, alone) < 1e-6
 
 
+@pytest.mark.full
 def test_adapters_train_in_shards_too(tiny_model: TinyModel, tmp_path: Path) -> None:
     one = trained(1, tiny_model("llama"), tmp_path / "one", "ddp-lora")
     both = trained(2, tiny_model("llama"), tmp_path / "both", "fsdp-lora")

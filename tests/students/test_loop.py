@@ -242,6 +242,7 @@ COMPILER = pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "fused", [True, pytest.param(False, marks=pytest.mark.full)], ids=["lean", "transformers' own code"]
 )
+@pytest.mark.full
 def test_compiled_layers_train_to_the_same_losses(
     live: Live, documents: Documents, phase: MakePhase, folder: Callable[[str], Path], fused: bool
 ) -> None:

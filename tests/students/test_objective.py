@@ -273,18 +273,26 @@ def test_averaging_the_means_of_micro_batches_would_change_the_gradient(
 
 
 @pytest.mark.parametrize("layout", [lay_out, lay_side_by_side], ids=["packed", "bucketed"])
+@pytest.mark.parametrize("given", [{}, {"loss_weights": EVERYTHING["loss_weights"]}, EVERYTHING], ids=range(3))
 @pytest.mark.parametrize("attention", TOLERANCE)
-def test_what_is_measured_without_gradients_is_what_trains(
-    student: Callable[..., StudentObjective], documents: Documents, attention: str, layout: Layout
+def test_what_is_measured_without_gradients_is_what_trains_but_for_smoothing_and_z_loss(
+    student: Callable[..., StudentObjective],
+    documents: Documents,
+    attention: str,
+    given: dict[str, Any],
+    layout: Layout,
 ) -> None:
-    objective = student("llama", attention, {"loss_weights": EVERYTHING["loss_weights"]})
+    objective = student("llama", attention, given)
     [pack] = packs_of(documents, [everything(documents)], objective.phase, layout)
     trained = objective(pack)
     objective.eval()
     with torch.no_grad():
         measured = objective(pack)
     assert float((measured.nll_N - trained.nll_N).abs().max()) < 1e-12
-    assert measured.total.item() == pytest.approx(trained.total.item(), abs=1e-10)
+    plain = StudentObjective(
+        objective.model, objective.phase.model_copy(update={"label_smoothing": 0.0, "z_loss": 0.0})
+    )
+    assert measured.total.item() == pytest.approx(plain(pack).total.item(), abs=1e-10)
     assert trained.total.requires_grad and not measured.total.requires_grad
 
 

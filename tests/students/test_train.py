@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from distill.attention import PER_DOCUMENT
 from distill.config import Recipe, StudentConfig, recipe_from
 from distill.engines.transformers import end_ids, generate_ids
 from distill.errors import FormatError, Interrupted, ModelError, RunError
 from distill.format import render_completion, render_prompt
-from distill.attention import PER_DOCUMENT
 from distill.models import find_model, load_model, load_tokenizer
 from distill.records import Example, Message, Prompt, digest_json, write_records
 from distill.runs import STAGE_FILE, RunOptions, SealedRun, Step, open_run, open_sealed

@@ -166,7 +166,17 @@ def test_check_finds_nothing_wrong_with_a_sound_recipe_and_seals_no_training(
     said = cli("check", recipe, "--runs", tmp_path / "runs", "--threads", 1, "--json", "-q")
     assert said.code == 0, said.err
     found = {one["name"]: one for one in said.json}
-    assert list(found) == ["reasoning", "end token", "masks", "lengths", "steps", "packing", "overfit probe", "cost"]
+    assert list(found) == [
+        "template",
+        "reasoning",
+        "end token",
+        "masks",
+        "lengths",
+        "steps",
+        "packing",
+        "overfit probe",
+        "cost",
+    ]
     assert {one["status"] for one in found.values()} <= {"passed", "note"}
     assert "<think>" in found["reasoning"]["detail"] and "tokens/s" in found["cost"]["detail"]
     assert not (tmp_path / "runs" / "train").exists()

@@ -56,11 +56,19 @@ def main() -> None:
     )  # fmt: skip
     made = documents()
     with joined_world("cpu") as world, graceful() as stop:
-        model = enliven(load_model(find_model(model_folder), "float32", "cpu", PER_DOCUMENT))
+        exact = precision == "fp64"  # weights that are float64 stay so, and only the order of sums is left to differ
+        dtype = "float64" if exact else "float32"
+        model = enliven(load_model(find_model(model_folder), dtype, "cpu", PER_DOCUMENT))
         if phase.lora:
             model = with_adapters(model, phase.lora, 0)
         trainer = Trainer(
-            model, made, phase, precision, Path(work), world=world, parallel=strategy.removesuffix("-lora")
+            model,
+            made,
+            phase,
+            "fp32" if exact else precision,
+            Path(work),
+            world=world,
+            parallel=strategy.removesuffix("-lora"),
         )
         losses = []
         try:
