@@ -404,7 +404,9 @@ def test_a_running_mean_is_what_training_ends_with(
     assert not equal(weights_of(mean), seen[-1])
 
 
-@pytest.mark.parametrize("given", [{}, {"batching": "bucketed"}, WEIGHTED], ids=str)
+@pytest.mark.parametrize(
+    "given", [{}, {"batching": "bucketed"}, WEIGHTED, {"loss_weights": {"think": 0.0, "eos": 0.5}}], ids=str
+)
 def test_held_out_losses_are_means_by_segment_whatever_training_weighs(
     live: Live, documents: Documents, phase: MakePhase, tmp_path: Path, given: dict[str, Any]
 ) -> None:
