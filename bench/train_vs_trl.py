@@ -103,15 +103,16 @@ SETTINGS = (
     Setting("padding_free", 4),
     Setting("padding_free", 4, loss="full"),
     Setting("bfd", 1, 4096, order="random"),
-    Setting("bfd", 1, 4096, attention="eager", order="random"),
     Setting("bfd", 1, 4096, loss="full", order="random"),
     Setting("bfd", 1, 1024, loss="full", order="random"),
+    Setting("bfd", 1, 1024, attention="eager", loss="full", order="random"),
     Setting("wrapped", 1, 4096, loss="full", order="random"),
     Setting("wrapped", 4, 1024, order="random"),
     Setting("wrapped", 4, 1024, loss="full", order="random"),
 )
 COMPILED = (
-    Setting("unpacked", 4, loss="full", compile=True),
+    Setting("unpacked", 1, loss="full", compile=True),
+    UNPACKED._replace(order="group_by_length", loss="full", compile=True),
     Setting("wrapped", 4, 1024, loss="full", order="random", compile=True),
 )
 FASTEST = dict.fromkeys(("bf16", "fp32"), UNPACKED._replace(order="group_by_length", loss="full"))

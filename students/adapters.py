@@ -4,6 +4,7 @@ from typing import Any
 
 from distill.config import Lora
 from distill.errors import MissingExtraError, ModelError
+from distill.models import ModelSource
 
 VOCABULARY = ("lm_head", "embed_tokens")
 
@@ -84,6 +85,35 @@ def check_names(model: Any, lora: Lora) -> None:
                 ends = sorted({module.rpartition(".")[2] for module in modules if ".layers." in module} - {""})
                 known = ", ".join(end for end in ends if not end.isdigit())
                 raise ModelError(f"lora.{field}: no module of this model is called {name!r}; its layers have {known}")
+
+
+def load_in_four_bits(source: ModelSource, device: str, attention: str) -> Any:
+    """A frozen base whose projections are kept in four bits (NF4, double quantization) by bitsandbytes, on CUDA.
+
+    Only what trains beside it is fp32; the merge at the end of the phase is into the full weights. Raises ModelError
+    for a GGUF file, which is quantized already.
+    """
+    if source.gguf:
+        raise ModelError(f"lora.quantize nf4 takes a transformers checkpoint, not {source.gguf}; set it to none")
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from distill.attention import register_attention
+
+    register_attention()
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        source.where,
+        revision=source.revision,
+        quantization_config=four_bits,
+        device_map={"": device},
+        attn_implementation=attention,
+    )
 
 
 def merged(base: Any, lora: Lora, state: dict[str, Any], seed: int) -> Any:

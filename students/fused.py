@@ -79,11 +79,13 @@ class _RmsNorm(torch.autograd.Function):
         return (wide * scale).to(x.dtype) * weight
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         # with n = x * scale: d x = scale * (g - n * mean(g * n)), g the gradient of n
         x, weight, scale = ctx.saved_tensors
         normed = x.to(scale.dtype, copy=True).mul_(scale)
-        by_weight = (grads[0] * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        by_weight = None
+        if ctx.needs_input_grad[1]:
+            by_weight = (grads[0] * normed).flatten(0, -2).sum(0).to(weight.dtype)
         gradient = grads[0].to(scale.dtype, copy=True).mul_(weight)
         mean = (gradient * normed).mean(-1, keepdim=True)
         by_x = gradient.sub_(normed.mul_(mean)).mul_(scale)

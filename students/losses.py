@@ -44,7 +44,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden_NH.device)
         nll_N = torch.empty(len(targets_N), dtype=wide, device=hidden_NH.device)
         grad_hidden_NH = torch.empty_like(hidden_NH)
-        grad_weight_VH = torch.zeros_like(weight_VH, dtype=wide)
+        # a frozen head (adapters) needs no gradient, which is a third of the work here
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=wide) if ctx.needs_input_grad[1] else None
         head_VH = weight_VH.detach()
         for start in range(0, len(targets_N), chunk):
             rows = slice(start, start + chunk)
@@ -52,7 +53,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits = hidden @ head_VH.T
             total += _to_gradient(logits, targets_N[rows], weights_N[rows].to(wide), smoothing, z_loss, nll_N[rows])
             grad_hidden_NH[rows] = logits @ head_VH
-            grad_weight_VH += logits.T @ hidden
+            if grad_weight_VH is not None:
+                grad_weight_VH += logits.T @ hidden
         ctx.save_for_backward(grad_hidden_NH, grad_weight_VH)
         ctx.mark_non_differentiable(nll_N)
         return total, nll_N
@@ -62,7 +64,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden_NH, grad_weight_VH = ctx.saved_tensors
         scale = grads[0]
         by_hidden = grad_hidden_NH * scale.to(grad_hidden_NH.dtype)
-        by_weight = (grad_weight_VH * scale).to(grad_hidden_NH.dtype)
+        by_weight = None if grad_weight_VH is None else (grad_weight_VH * scale).to(grad_hidden_NH.dtype)
         return by_hidden, by_weight, None, None, None, None, None
 
 

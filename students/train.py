@@ -35,7 +35,7 @@ from distill.progress import progress, say
 from distill.records import Example, Message, Prompt, read_records
 from distill.runs import OpenRun, RunOptions, Step, file_digest, follow_run, open_run
 
-from .adapters import check_adapters, merged, require_peft, with_adapters
+from .adapters import check_adapters, load_in_four_bits, merged, require_peft, with_adapters
 from .check import require_sound, subject_of
 from .data import Documents, check_context, check_vocabulary, joined
 from .distributed import World, joined_world, local_device
@@ -119,7 +119,11 @@ def prepare(recipe: Recipe, step: Step, options: RunOptions, device: str, world:
     source = start_of(student, step)
     tokenizer = load_tokenizer(source)
     set_template(tokenizer, recipe.format)
-    model = load_model(source, "float32", device, attention_for(student, device))
+    attention = attention_for(student, device)
+    if phase.lora is not None and phase.lora.quantize == "nf4":
+        model = load_in_four_bits(source, device, attention)
+    else:
+        model = load_model(source, "float32", device, attention)
     check_adapters(model.config, phase.lora)
     added = add_tokens(model, tokenizer, student.new_tokens)
     agree_on_end(model, tokenizer)
