@@ -21,7 +21,6 @@ writes build/bench/train_vs_trl.json; `--check` exits 1 when a bar is missed. Li
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -51,7 +50,6 @@ OUT = ROOT / "build" / "bench" / "train_vs_trl.json"
 VENV = ROOT / "build" / "venvs" / "trl"
 PACKAGES = ("trl==1.16.0", "transformers==5.24.0", "accelerate==1.15.0", "datasets==5.2.0")
 """Of TRL's environment, beside our own version of torch."""
-OURS = "ours"
 MICRO_BATCH = 4096
 MEAN_TOKENS = 512
 """About the mean length of a document, for steps of like size whatever the layout."""
@@ -80,22 +78,17 @@ class Setting(NamedTuple):
 
     @property
     def title(self) -> str:
-        """For the table, and its name in the file."""
+        """For the table."""
         packs = self.layout in ("bfd", "wrapped")
         size = f"{self.batch} x {self.max_length:,}" if packs else f"{self.batch} documents"
         more = [self.order] * (self.order == "group_by_length") + ["torch.compile"] * self.compile
-        return ", ".join([f"TRL, {self.layout} {size}", self.attention, f"loss {self.loss}", *more])
+        return ", ".join([f"{self.layout} {size}", self.attention, f"loss {self.loss}", *more])
 
     def with_steps_of(self, documents: int) -> dict[str, Any]:
         """As the other side takes it, accumulated to about so many documents a step."""
         packs = self.layout in ("bfd", "wrapped")
         accumulate = documents * MEAN_TOKENS / (self.batch * self.max_length) if packs else documents / self.batch
         return {**self._asdict(), "accumulate": max(1, round(accumulate))}
-
-    @property
-    def full(self) -> bool:
-        """Whether its micro-batches are as large as they may be, as ours are."""
-        return self.batch * self.max_length == MICRO_BATCH
 
 
 UNPACKED = Setting("unpacked", 4)
@@ -122,18 +115,8 @@ COMPILED = (
     UNPACKED._replace(order="group_by_length", loss="full", compile=True),
     Setting("wrapped", 4, 1024, loss="full", order="random", compile=True),
 )
-
-
-class Fastest(NamedTuple):
-    """What a sweep finds."""
-
-    overall: Setting
-    full: Setting
-    """Of those with full micro-batches: memory is compared with it."""
-
-
-FOUND = Fastest(Setting("unpacked", 1, loss="full"), UNPACKED._replace(order="group_by_length", loss="full"))
-"""What a sweep has found in both precisions, for runs without one."""
+FASTEST = dict.fromkeys(("bf16", "fp32"), UNPACKED._replace(order="group_by_length", loss="full"))
+"""What a sweep has found, for runs without one."""
 LEAKS = (
     Setting("padding_free", 2),
     Setting("bfd", 1, 4096),
@@ -306,8 +289,7 @@ class Bench(NamedTuple):
 
     def ours(self, precision: str, *more: str) -> list[str]:
         """The command of our side."""
-        lengths = ["--micro-batch-tokens", str(MICRO_BATCH), "--lr", str(self.given.lr)]
-        return self.task("train", "--precision", precision, *lengths, *more)
+        return self.task("train", "--precision", precision, "--lr", str(self.given.lr), *more)
 
     def task(self, name: str, *more: str) -> list[str]:
         """The command of a task of our side."""
@@ -318,8 +300,8 @@ class Bench(NamedTuple):
         return ["--folder", str(self.folder), "--threads", str(self.given.threads)]
 
     @contextmanager
-    def running(self, commands: dict[str, list[str]]) -> Iterator[dict[str, Side]]:
-        """The sides of these commands, ended at the end of the block."""
+    def running(self, **commands: list[str]) -> Iterator[dict[str, Side]]:
+        """Sides by name, ended at the end of the block."""
         with ExitStack() as stack:
             sides = {}
             for name, command in commands.items():
@@ -370,14 +352,14 @@ def said_of(steps: Sequence[Step]) -> str:
     return f" (disturbed: other work took {others:.0%})" if others > MOST_OTHERS else ""
 
 
-def sweep(bench: Bench, precision: str) -> tuple[list[Row], dict[str, Any], Fastest]:
+def sweep(bench: Bench, precision: str) -> tuple[list[Row], dict[str, Any], Setting]:
     """Every setting of TRL, a warm-up and some steps each; the fastest."""
     rates: dict[Setting, float] = {}
     rows, found = [], {}
     for setting in bench.given.settings:
-        what = f"{precision}: {setting.title}"
+        what = f"{precision}: TRL, {setting.title}"
         try:
-            with bench.running({"trl": bench.trl(setting, precision, bench.given.sweep_documents)}) as sides:
+            with bench.running(trl=bench.trl(setting, precision, bench.given.sweep_documents)) as sides:
                 for _ in range(2 if setting.compile else 1):
                     sides["trl"].step()
                 steps = [sides["trl"].quiet_step() for _ in range(bench.given.sweep_steps)]
@@ -391,52 +373,49 @@ def sweep(bench: Bench, precision: str) -> tuple[list[Row], dict[str, Any], Fast
         rows.append(Row(what, measured))
         print(f"| {what} | {measured} |", steps, file=sys.stderr, flush=True)
         found[setting.title] = {**setting._asdict(), **memory._asdict(), "steps": [step._asdict() for step in steps]}
-    full = {setting: rate for setting, rate in rates.items() if setting.full}
-    return rows, found, Fastest(max(rates, key=rates.__getitem__), max(full or rates, key=(full or rates).__getitem__))
+    return rows, found, max(rates, key=lambda setting: rates[setting])
 
 
-def speed(bench: Bench, precision: str, fastest: Fastest) -> Found:
-    """TRL's fastest settings and ours, step by step in turns."""
+def speed(bench: Bench, precision: str, setting: Setting) -> Found:
+    """TRL's fastest setting and ours, step by step in turns."""
     before = answer(bench.task("ceilings"))
-    commands = {setting.title: bench.trl(setting, precision, bench.given.documents) for setting in fastest}
-    commands[OURS] = bench.ours(precision)
-    with bench.running(commands) as sides:
+    commands = {"trl": bench.trl(setting, precision, bench.given.documents), "ours": bench.ours(precision)}
+    steps: dict[str, list[Step]] = {name: [] for name in commands}
+    with bench.running(**commands) as sides:
         for side in sides.values():
             side.step()  # a warm-up
-        steps: dict[str, list[Step]] = {name: [] for name in sides}
-        for name in [*sides] * bench.given.rounds:
+        for name in [*commands] * bench.given.rounds:
             steps[name].append(sides[name].quiet_step())
             print(f"{precision} {name} {steps[name][-1]}", file=sys.stderr, flush=True)
         memory = {name: side.end() for name, side in sides.items()}
     after = answer(bench.task("ceilings"))
     gflops = max(before["gflops"][precision], after["gflops"][precision])
+    mfu = {name: statistics.median(bench.flops(s) / s.seconds for s in steps[name]) / gflops / 1e9 for name in steps}
+    times = rate_of(steps["ours"]) / rate_of(steps["trl"])
+    share = memory["ours"].above_mb / memory["trl"].above_mb
     copied = max(before["copy_gb_s"], after["copy_gb_s"])
-    mfu = {name: statistics.median(bench.flops(s) / s.seconds for s in of) / gflops / 1e9 for name, of in steps.items()}
-    rows = [Row(f"{precision}: best matrix product; best copy", f"{gflops:.0f} GFLOP/s; {copied:.1f} GB/s")]
-    for name in steps:
-        measured = (
-            f"{rate_of(steps[name]):.1f} supervised tokens/s, {memory[name].above_mb:,.0f} MB, MFU {mfu[name]:.1%}"
-        )
-        rows.append(Row(f"{precision}: {name}", measured + said_of(steps[name])))
-    times = rate_of(steps[OURS]) / rate_of(steps[fastest.overall.title])
-    share = memory[OURS].above_mb / memory[fastest.full.title].above_mb
-    rows += [
-        Row(f"{precision}: supervised tokens/s, ours over TRL's at its fastest", f"{times:.2f}",
-            f"{TIMES[precision]:g}", times >= TIMES[precision]),
-        Row(f"{precision}: peak memory above the loaded model, ours over TRL's with full micro-batches", f"{share:.2f}",
+    rows = [
+        Row(f"{precision}: best matrix product; best copy", f"{gflops:.0f} GFLOP/s; {copied:.1f} GB/s"),
+        Row(f"{precision}: TRL at its fastest ({setting.title}), supervised tokens/s",
+            f"{rate_of(steps['trl']):.1f}, MFU {mfu['trl']:.0%}" + said_of(steps["trl"])),
+        Row(f"{precision}: ours, supervised tokens/s",
+            f"{rate_of(steps['ours']):.1f}, {times:.2f} times as many" + said_of(steps["ours"]),
+            f"{TIMES[precision]:g} times", times >= TIMES[precision]),
+        Row(f"{precision}: ours, model FLOPs over the best matrix product", f"{mfu['ours']:.1%}",
+            f"{MFU[precision]:.0%}" if precision in MFU else "",
+            mfu["ours"] >= MFU[precision] if precision in MFU else None),
+        Row(f"{precision}: ours, peak memory above the loaded model",
+            f"{memory['ours'].above_mb:,.0f} MB, {share:.2f} of TRL's {memory['trl'].above_mb:,.0f} MB",
             f"{MEMORY_SHARE:g}", share <= MEMORY_SHARE),
     ]  # fmt: skip
-    if precision in MFU:
-        reached = mfu[OURS] >= MFU[precision]
-        rows.append(Row(f"{precision}: MFU, ours", f"{mfu[OURS]:.1%}", f"{MFU[precision]:.0%}", reached))
     return rows, {
-        "fastest": [setting.title for setting in fastest], "times": times, "memory_share": share, "mfu": mfu,
-        "ceilings": [before, after], "memory": {name: one._asdict() for name, one in memory.items()},
+        "setting": setting.title, "times": times, "memory_share": share, "mfu": mfu, "ceilings": [before, after],
+        "memory": {name: one._asdict() for name, one in memory.items()},
         "steps": {name: [step._asdict() for step in of] for name, of in steps.items()},
     }  # fmt: skip
 
 
-def loss(bench: Bench, precision: str, _: Fastest) -> Found:
+def loss(bench: Bench, precision: str, _: Setting) -> Found:
     """Both sides on the same documents in the same order; what their models lose on held-out completions."""
     documents = bench.given.loss_documents
     with tempfile.TemporaryDirectory() as folder:
@@ -447,9 +426,9 @@ def loss(bench: Bench, precision: str, _: Fastest) -> Found:
         }
         steps: dict[str, list[Step]] = {}
         for name, command in commands.items():
-            with bench.running({name: command}) as sides:
-                steps[name] = [sides[name].step() for _ in range(bench.given.loss_steps)]
-                sides[name].end()
+            with bench.running(side=command) as sides:
+                steps[name] = [sides["side"].step() for _ in range(bench.given.loss_steps)]
+                sides["side"].end()
         saved["before"] = bench.folder / "model"
         heldout = {name: answer(bench.task("score", "--save", str(path)))["loss"] for name, path in saved.items()}
     assert [step.supervised for step in steps["trl"]] == [step.supervised for step in steps["ours"]]
@@ -466,7 +445,7 @@ def loss(bench: Bench, precision: str, _: Fastest) -> Found:
     return rows, {"heldout": heldout, "apart": apart, "tokens": tokens, "steps": of_steps}
 
 
-def leak(bench: Bench, precision: str, _: Fastest) -> Found:
+def leak(bench: Bench, precision: str, _: Setting) -> Found:
     """What a document's loss is behind another one, in every layout of TRL that puts them into one row."""
     rows, found = [], {}
     for setting in LEAKS:
@@ -475,20 +454,20 @@ def leak(bench: Bench, precision: str, _: Fastest) -> Found:
         apart = abs(losses["together"] / losses["alone"] - 1)
         says = "sees the document before it" if apart > MOST_ROUNDING[precision] else "stays apart"
         measured = f"{losses['together']:.4f} behind another, {losses['alone']:.4f} alone: {says}"
-        rows.append(Row(f"{precision}: {setting.title}, loss of a document", measured))
+        rows.append(Row(f"{precision}: TRL, {setting.title}, loss of a document", measured))
     return rows, found
 
 
-def spent(bench: Bench, precision: str, fastest: Fastest) -> Found:
+def spent(bench: Bench, precision: str, setting: Setting) -> Found:
     """One step of each side under the profiler, in seconds per 1,000 supervised tokens."""
-    commands = {"ours": bench.ours(precision), "trl": bench.trl(fastest.overall, precision, bench.given.documents)}
+    commands = {"ours": bench.ours(precision), "trl": bench.trl(setting, precision, bench.given.documents)}
     shares: dict[str, dict[str, float]] = {}
     for name, command in commands.items():
-        with bench.running({name: command}) as sides:
-            sides[name].step()  # a warm-up
+        with bench.running(side=command) as sides:
+            sides["side"].step()  # a warm-up
             wait_until_quiet(bench.given.patience_s)
-            step = sides[name].step(PROFILE)
-            sides[name].end()
+            step = sides["side"].step(PROFILE)
+            sides["side"].end()
         assert step.spent
         outside = max(0.0, step.seconds - sum(step.spent.values()))
         of_kind = {**step.spent, "outside operators": outside}
@@ -549,7 +528,7 @@ def measured(bench: Bench) -> Found:
     rows: list[Row] = []
     found: dict[str, Any] = {}
     for precision in bench.given.precision:
-        fastest = FOUND
+        fastest = FASTEST[precision]
         of_precision: dict[str, Any] = {}
         if "sweep" in bench.given.part:
             swept, of_precision["sweep"], fastest = sweep(bench, precision)
@@ -565,7 +544,6 @@ def measured(bench: Bench) -> Found:
 def main() -> int:
     """Measure, print, write, and say whether all bars were met."""
     given = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that sides and folders do not stay behind
     OUT.parent.mkdir(parents=True, exist_ok=True)
     python = trl_python()
     with tempfile.TemporaryDirectory(dir=OUT.parent) as name:
