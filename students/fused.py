@@ -2,7 +2,7 @@
 
 The same mathematics as transformers' own modules, with gradients written out. `lean(model)` puts them into modules that
 have exactly the known form, for as long as it is open; every other architecture, and adapters inside a module, keep
-their own code.
+their own code. Linear layers change only where another library multiplies faster (`products`).
 """
 
 import functools
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .products import linear, onednn_is_faster, product
+
 NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 FEED_FORWARDS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP")
 ACTIVATIONS = ("SiLU", "SiLUActivation")
@@ -23,14 +25,15 @@ ACTIVATIONS = ("SiLU", "SiLUActivation")
 @contextmanager
 def lean(model: nn.Module, wanted: bool = True) -> Iterator[int]:
     """Let the model's norms and feed-forwards compute in lean form inside the block; yields how many do."""
-    changed = []
+    changed, leaner = [], 0
     for module in model.modules() if wanted else ():
         form = _form_of(module)
         if form is not None:
             module.forward = functools.partial(form, module)
             changed.append(module)
+            leaner += form is not _linear_forward
     try:
-        yield len(changed)
+        yield leaner
     finally:
         for module in changed:
             del module.forward
@@ -44,6 +47,8 @@ def _form_of(module: nn.Module) -> Any:
         return _norm_forward
     if kind in FEED_FORWARDS and _is_plain(module):
         return _feed_forward
+    if type(module) is nn.Linear and module.weight.dtype == torch.float32 and onednn_is_faster():
+        return _linear_forward
     return None
 
 
@@ -59,6 +64,10 @@ def _norm_forward(module: Any, hidden_states: Tensor) -> Tensor:
 def _feed_forward(module: Any, x: Tensor) -> Tensor:
     down = module.down_proj
     return swiglu_down(module.gate_proj(x), module.up_proj(x), down.weight, down.bias)
+
+
+def _linear_forward(module: Any, x: Tensor) -> Tensor:
+    return linear(x, module.weight, module.bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -102,7 +111,7 @@ class _SwigluDown(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
         ctx.biased = bias is not None
-        return F.linear(F.silu(gate).mul_(up), weight, bias)
+        return linear(F.silu(gate).mul_(up), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -111,10 +120,10 @@ class _SwigluDown(torch.autograd.Function):
         active = F.silu(gate)
         by_weight = by_bias = None
         if ctx.needs_input_grad[2]:
-            by_weight = gradient.T @ (active * up).flatten(0, -2)
+            by_weight = product(gradient.T, (active * up).flatten(0, -2))
         if ctx.biased:
             by_bias = gradient.sum(0)
-        by_product = (gradient @ weight).view_as(gate)
+        by_product = product(gradient, weight).view_as(gate)
         by_up = active.mul_(by_product)
         by_gate = torch.ops.aten.silu_backward(by_product.mul_(up), gate)
         return by_gate, by_up, by_weight, by_bias

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .products import product
+
 CHUNK_ROWS = 1024
 """Rows whose logits exist at the same time; 1,024 x 49,152 logits take 100 MB in bf16."""
 BAND_ROWS = 64
@@ -50,11 +52,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets_N), chunk):
             rows = slice(start, start + chunk)
             hidden = hidden_NH[rows].detach()
-            logits = hidden @ head_VH.T
+            logits = product(hidden, head_VH.T)
             total += _to_gradient(logits, targets_N[rows], weights_N[rows].to(wide), smoothing, z_loss, nll_N[rows])
-            grad_hidden_NH[rows] = logits @ head_VH
+            grad_hidden_NH[rows] = product(logits, head_VH)
             if grad_weight_VH is not None:
-                grad_weight_VH += logits.T @ hidden
+                grad_weight_VH += product(logits.T, hidden)
         ctx.save_for_backward(grad_hidden_NH, grad_weight_VH)
         ctx.mark_non_differentiable(nll_N)
         return total, nll_N
@@ -129,7 +131,7 @@ def row_losses(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, chunk: i
     nll_N = torch.empty(len(targets_N), dtype=wide, device=hidden_NH.device)
     for start in range(0, len(targets_N), chunk):
         rows = slice(start, start + chunk)
-        logits = (hidden_NH[rows] @ weight_VH.T).to(wide)
+        logits = product(hidden_NH[rows], weight_VH.T).to(wide)
         chosen = logits.gather(-1, targets_N[rows, None]).squeeze(-1)
         nll_N[rows] = torch.logsumexp(logits, dim=-1) - chosen
     return nll_N

@@ -226,7 +226,9 @@ def test_less_is_kept_for_the_backward_pass(live: Live) -> None:
 
 
 def own_forwards(model: Any) -> list[str]:
-    return [name for name, module in model.named_modules() if "forward" in vars(module)]
+    """Modules with a forward of their own, but linear layers, which get one only on some processors."""
+    found = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    return [name for name in found if type(model.get_submodule(name)) is not nn.Linear]
 
 
 def test_modules_come_back_after_the_block_and_after_an_error(live: Live) -> None:
@@ -264,7 +266,7 @@ def test_architectures_that_do_not_match_keep_their_code(family: str, changes: d
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).eval()
+        model = AutoModelForCausalLM.from_config(config).eval().double()  # where no library is chosen
     before = logits_and_gradients(model)
     with lean(model) as changed:
         names = own_forwards(model)
