@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from distill.api import push_data_set as push_data_set
     from distill.api import push_model as push_model
     from distill.api import run as run
+    from distill.api import score as score
     from distill.api import select as select
     from distill.api import train as train
     from distill.api import verify as verify
@@ -81,7 +82,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "distill.api": (
         "make_plan", "run", "generate", "generate_shard", "generate_shards", "merge", "pilot", "forget", "select",
-        "push_data_set", "check", "train", "push_model", "evaluate", "export_model", "inspect", "write_viewer",
+        "push_data_set", "score", "check", "train", "push_model", "evaluate", "export_model", "inspect", "write_viewer",
         "verify", "write_report",
     ),
     "distill.config": ("Recipe", "load_recipe", "recipe_from"),

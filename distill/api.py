@@ -77,8 +77,17 @@ def run(recipe: Recipe | Path | str, until: str | None = None, **where: Unpack[W
 
 
 def generate(recipe: Recipe | Path | str, **where: Unpack[Where]) -> Outcome:
-    """Let the teacher answer the recipe's prompts; `outcome.results["generate"]` is the set of traces."""
-    return run(recipe, "generate", **where)
+    """Let the teacher answer the recipe's prompts; `outcome.results["generate"]` is the set of traces.
+
+    A recipe with `logprobs` goes on to the selected traces and stores the distributions of its teachers over them.
+    """
+    loaded = _recipe(recipe)
+    return run(loaded, "score" if loaded.logprobs else "generate", **where)
+
+
+def score(recipe: Recipe | Path | str, **where: Unpack[Where]) -> Outcome:
+    """Store the teachers' distributions over the selected traces; `outcome.results["score:NAME"]` is a cache."""
+    return run(recipe, "score", **where)
 
 
 def generate_shard(recipe: Recipe | Path | str, shard: str, **where: Unpack[Where]) -> dict[str, Any]:

@@ -254,3 +254,41 @@ def _backward(heads: _Heads, gradient_NMD: Tensor) -> _Heads:
         by_query[:, rows] = torch.bmm(by_scores, heads.key_NLD[:, :end])
         by_key[:, :end] += torch.bmm(by_scores.transpose(1, 2), heads.query_NMD[:, rows])
     return _Heads(by_query, by_key.to(dtype), by_value.to(dtype))
+
+
+# --- models that read packed documents --------------------------------------------------------------------------------
+
+
+def decoder_of(model: Any) -> Any:
+    """The decoder below the head of a causal language model, inside adapters too."""
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
+
+
+def boundaries(model: Any, bounds: list[int] | None) -> dict[str, Any]:
+    """Document boundaries (0 first, the number of tokens last) as the model's attention takes them."""
+    kind = model.config._attn_implementation
+    if bounds is None:
+        return {}  # plain causal attention: rows are padded on the right, where no query looks
+    if kind == PER_DOCUMENT:
+        return {"cu_seq_lens_q": bounds}
+    if kind in ("sdpa", "eager"):
+        return {"attention_mask": block_mask(bounds, model.dtype, model.device)}
+    lengths = torch.tensor(bounds, dtype=torch.int32, device=model.device)
+    longest = max(end - start for start, end in zip(bounds, bounds[1:]))
+    return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": longest, "max_length_k": longest}
+
+
+def block_mask(bounds: list[int], dtype: torch.dtype, device: Any) -> Tensor:
+    """A mask to add to scores, [1, 1, T, T]: 0 inside a document up to the query, the dtype's minimum elsewhere."""
+    lengths = torch.tensor([end - start for start, end in zip(bounds, bounds[1:])], device=device)
+    document_T = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+    allowed_TT = (document_T[:, None] == document_T[None]).tril()
+    mask_TT = torch.zeros(allowed_TT.shape, dtype=dtype, device=device)
+    return mask_TT.masked_fill_(~allowed_TT, torch.finfo(dtype).min)[None, None]
+
+
+def final_hidden(model: Any, ids_BT: Tensor, positions_BT: Tensor, bounds: list[int] | None) -> Tensor:
+    """Final hidden states [B, T, H] of a causal language model over packed documents (or rows, without bounds)."""
+    found = decoder_of(model)(input_ids=ids_BT, position_ids=positions_BT, use_cache=False, **boundaries(model, bounds))
+    hidden_BTH: Tensor = found.last_hidden_state
+    return hidden_BTH

@@ -37,13 +37,14 @@ app = typer.Typer(
 )
 
 STAGE_VERBS = {
+    "score": ("score", "Store the teachers' distributions over the selected traces, as logprobs asks for."),
     "eval": ("eval", "Measure teacher, base and student on the recipe's sets, with intervals."),
     "export": ("export", "Make the ONNX artifact and hold each variant against the recipe's gates."),
     "run": (None, "Run all of the recipe's stages, resuming where it stopped."),
 }
 """Verbs that run a recipe up to a stage (None: all of it)."""
 
-RESERVED = ("score", "sweep", "compare", "bench", "chat", "serve", "runs", "gc")
+RESERVED = ("sweep", "compare", "bench", "chat", "serve", "runs", "gc")
 """Verbs that later versions will have; refused by name so that no script comes to rely on them."""
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)]

@@ -647,6 +647,72 @@ class FormatConfig(Section):
     """Longest training document in tokens; longer ones are dropped and counted, never cut."""
 
 
+# --- logprobs -------------------------------------------------------------------------------------------------------
+
+
+class TeacherModel(Section):
+    """A model whose distribution is learned."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Name in runs and reports."""
+    model: str
+    """A hub id, a folder, a `.gguf` file, or `package:NAME/FILE.gguf`."""
+    revision: str = "main"
+    """Commit, tag or branch of a hub id; the resolved commit enters the identity."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Who computes a cache: `transformers` exactly and in every form, `vllm` top-k only."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Precision of its matrix products; probabilities are always fp32."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share in the loss where there are several; the shares are scaled to 1."""
+
+
+class Logprobs(Section):
+    """The teachers' distributions over the supervised tokens of the traces, and how they are stored."""
+
+    teachers: list[TeacherModel] = Field(min_length=1)
+    """One teacher, or a mixture."""
+    form: Literal["topk", "sampled", "hybrid"] = "sampled"
+    """`topk`: the `k` likeliest tokens with their log-probabilities, and the mass of all others. `sampled`: `draws`
+    tokens drawn from the distribution, as counts; unbiased, a tenth of the bytes (Anshumann et al. 2025). `hybrid`: the
+    `k` likeliest exactly, and `draws` drawn from the others."""
+    k: int = Field(default=64, gt=0)
+    """Tokens of the exact head."""
+    draws: int = Field(default=50, gt=0, le=65536)
+    """Tokens drawn for each position."""
+    temperature: float = Field(default=1.0, gt=0)
+    """The distribution is softmax(logits / T)."""
+    seed: int = 0
+    """Seed of the draws."""
+    alignment: Literal["same_tokenizer", "spans"] = "same_tokenizer"
+    """`spans` lets a teacher with another tokenizer score its own tokens of the same text; positions are compared where
+    both have a token that begins at the same character, over the tokens that both vocabularies spell alike."""
+    min_coverage: float = Field(default=0.5, ge=0, le=1)
+    """Least share of the supervised tokens that `spans` must align; below, scoring is refused."""
+    micro_batch_tokens: int = unhashed(4096, gt=0)
+    """Tokens a forward pass of the teacher."""
+
+    @model_validator(mode="after")
+    def _forms_fit(self) -> Self:
+        names = [one.name for one in self.teachers]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"teachers: two are called {twice.pop()!r}; names must differ")
+        if self.form != "topk" and self.alignment == "spans":
+            raise ValueError(f"form is {self.form}, but alignment spans stores top-k only; set form: topk")
+        served = next((one.name for one in self.teachers if one.engine == "vllm"), None)
+        if served and (self.form != "topk" or self.temperature != 1 or self.alignment == "spans"):
+            raise ValueError(
+                f"teachers: {served} is scored by vllm, which gives the likeliest tokens at temperature 1 only; set"
+                " form: topk, temperature: 1 and alignment: same_tokenizer, or engine: transformers"
+            )
+        return self
+
+    def weights(self) -> dict[str, float]:
+        """Each teacher's share in the loss; they add up to 1."""
+        total = sum(one.weight for one in self.teachers)
+        return {one.name: one.weight / total for one in self.teachers}
+
+
 # --- student --------------------------------------------------------------------------------------------------------
 
 
@@ -748,11 +814,9 @@ class Monitor(Section):
     """Items of each such task."""
 
 
-class SftPhase(Section):
-    """Supervised fine-tuning on the selected traces."""
+class TrainingPhase(Section):
+    """What every kind of phase has: how long, in which steps, with which optimizer, watched how."""
 
-    kind: Literal["sft"]
-    """Cross-entropy on reasoning, answer and end token."""
     lr: float = Field(default=1e-5, gt=0)
     """Peak learning rate."""
     epochs: float = Field(default=1.0, gt=0)
@@ -844,11 +908,110 @@ class SftPhase(Section):
             raise ValueError("early_stopping.metric accuracy takes monitor.sets: name an evaluation set")
 
 
+class SftPhase(TrainingPhase):
+    """Supervised fine-tuning on the selected traces."""
+
+    kind: Literal["sft"]
+    """Cross-entropy on reasoning, answer and end token."""
+
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "taid"]
+
+
+class HiddenStates(Section):
+    """The student's hidden states drawn to those of a teacher in memory, through learned projections."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """Weight of this loss beside the divergence."""
+    layers: list[tuple[int, int]] = []
+    """Pairs of a student's layer and the teacher's whose output it should give, from 1; none pairs all layers of the
+    student evenly with the teacher's."""
+    attention: float = Field(default=0.0, ge=0)
+    """Weight of the same loss on what attention gives in these layers, before it joins the residual stream."""
+    seed: int = 0
+    """Seed of the projections' first values where the widths differ; equal widths start at the identity."""
+
+
+class KdPhase(TrainingPhase):
+    """Logit distillation: the student learns the teacher's distribution at every supervised token of the traces."""
+
+    kind: Literal["kd"]
+    """A divergence between the teachers of `logprobs` and the student."""
+    teacher: Literal["cache", "memory"] = "cache"
+    """`cache` reads the distributions that the score stage has stored, `memory` keeps the teachers beside the student
+    and lets them score each pass: exact, and as slow as they are."""
+    divergence: Divergence = "forward_kl"
+    """`forward_kl` KL(teacher || student), `reverse_kl` KL(student || teacher), `jsd` the generalised Jensen-Shannon
+    divergence of GKD (Agarwal et al. 2024), `skewed_kl` and `skewed_reverse_kl` (DistiLLM, Ko et al. 2024), `taid`
+    forward KL to a target that moves from the student to the teacher (Shing et al. 2025)."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Both distributions are softmax(logits / T), and the loss is multiplied by T**2; a cache must hold the same T."""
+    jsd_beta: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the teacher in the mixture of `jsd`."""
+    skew: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the other distribution that the skewed divergences mix in."""
+    taid_start: float = Field(default=0.4, ge=0, lt=1)
+    """Share of the teacher's logits in the target of `taid` at the first step; it rises evenly to 1 at the last."""
+    tail: Literal["bucket", "renormalised_biased", "truncated_biased"] = "bucket"
+    """What becomes of the mass outside a `topk` cache: one more outcome (exact on that partition); or, biased, the head
+    scaled up to 1, or the tail left out."""
+    kd_weight: float = Field(default=1.0, gt=0)
+    """Weight of the divergence."""
+    ce_weight: float = Field(default=0.0, ge=0)
+    """Weight of the cross-entropy on the traces' own tokens."""
+    hidden: HiddenStates | None = None
+    """Also learn from the hidden states of a teacher in memory."""
+
+    @model_validator(mode="after")
+    def _distils(self) -> Self:
+        if self.label_smoothing or self.z_loss or self.loss_kernel != "chunked":
+            raise ValueError(
+                f"{self.kind}: label_smoothing, z_loss and loss_kernel belong to sft phases; leave them out"
+            )
+        if self.hidden and self.teacher == "cache":
+            raise ValueError("hidden: a cache holds no hidden states; set teacher: memory")
+        if self.replay and self.teacher == "cache":
+            raise ValueError("replay: its chats are in no cache; set teacher: memory, or replay in an sft phase")
+        if self.hidden and (self.lora or self.gradient_checkpointing):
+            raise ValueError("hidden: goes with neither lora nor gradient_checkpointing; leave them out")
+        return self
+
+
+class OnPolicyPhase(KdPhase):
+    """On-policy distillation: the student answers the prompts itself, and the teacher scores what it wrote."""
+
+    kind: Literal["on_policy"]  # type: ignore[assignment]
+    """A divergence at the tokens that the student has drawn."""
+    teacher: Literal["memory"] = "memory"
+    """The teachers of `logprobs` are kept beside the student."""
+    divergence: Divergence | Literal["sampled_reverse_kl"] = "reverse_kl"  # type: ignore[assignment]
+    """As in a kd phase; `sampled_reverse_kl` looks at the drawn tokens alone, log student - log teacher being the cost
+    of each (the gradient of reverse KL in expectation, with more noise)."""
+    on_policy_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of each step's prompts that the student answers; the rest keep their traces (GKD's lambda)."""
+    max_new_tokens: int = Field(default=512, gt=0)
+    """Limit of an answer's tokens; those that reach it are learned from without an end token."""
+    sampling_temperature: float = Field(default=1.0, gt=0)
+    """Temperature at which the student draws."""
+    batch_size: int = Field(default=32, gt=0)
+    """Prompts answered together."""
+    min_stop_rate: float = Field(default=0.5, ge=0, le=1)
+    """Least share of answers that must end by themselves, at the start and over each of the later windows; below, it
+    stops: such a student needs supervised training first."""
+    guard_window: int = Field(default=64, gt=0)
+    """Answers over which the stop rate is taken."""
+    max_length_growth: float = Field(default=4.0, gt=1)
+    """Largest mean length of a window of answers, as a multiple of the first one's."""
+
+
 def _phase_kind(value: Any) -> str | None:
     return value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
 
 
-Phase = Annotated[Annotated[SftPhase, Tag("sft")], Discriminator(_phase_kind)]
+Phase = Annotated[
+    Annotated[SftPhase, Tag("sft")] | Annotated[KdPhase, Tag("kd")] | Annotated[OnPolicyPhase, Tag("on_policy")],
+    Discriminator(_phase_kind),
+]
 
 
 class Prune(Section):
@@ -1000,6 +1163,8 @@ class Recipe(Section):
     """Which answers train."""
     format: FormatConfig = FormatConfig()
     """How they become text."""
+    logprobs: Logprobs | None = None
+    """Whose distributions are learned, beside the traces."""
     student: StudentConfig | None = None
     """Who learns."""
     evaluate: Evaluate | None = None
@@ -1019,6 +1184,7 @@ class Recipe(Section):
             raise ValueError("student.phases: there is nothing to train on; add prompts and a teacher")
         if self.student:
             self._monitors_have_sets(self.student)
+            self._teachers_are_there(self.student)
         if self.evaluate:
             self._evaluation_has_prompts(self.evaluate)
         if self.export and not self.student and not self.export.model:
@@ -1051,6 +1217,30 @@ class Recipe(Section):
             raise ValueError(
                 "student.prune: importance is measured on traces; add prompts and a teacher, or give indices"
             )
+
+    def _teachers_are_there(self, student: StudentConfig) -> None:
+        for index, phase in enumerate(student.phases):
+            if not isinstance(phase, KdPhase):
+                continue
+            where, stored = f"student.phases.{index}", self.logprobs
+            if stored is None:
+                raise ValueError(f"{where} is a {phase.kind} phase; add a logprobs section with its teachers")
+            if phase.teacher == "memory":
+                if stored.alignment == "spans":
+                    raise ValueError(
+                        f"{where}: a teacher in memory must have the student's tokenizer; set teacher: cache"
+                    )
+                continue
+            if phase.temperature != stored.temperature:
+                raise ValueError(
+                    f"{where}.temperature is {phase.temperature:g}, but logprobs.temperature is {stored.temperature:g};"
+                    " a cache serves the temperature that it was made at"
+                )
+            if stored.form != "topk" and phase.divergence != "forward_kl":
+                raise ValueError(
+                    f"{where}.divergence is {phase.divergence}, but drawn tokens (logprobs.form: {stored.form}) give"
+                    " forward_kl only; set logprobs.form: topk, or teacher: memory"
+                )
 
     def _evaluation_has_prompts(self, evaluate: Evaluate) -> None:
         heldout = sum(source.heldout for source in self.prompts)
@@ -1201,6 +1391,8 @@ def validate(kind: type[SectionT], values: Any, where: str, lines: Mapping[Keys,
 
 TAGS: Mapping[Any, type[Section] | None] = {
     "sft": SftPhase,
+    "kd": KdPhase,
+    "on_policy": OnPolicyPhase,
     "verifier:name": None,
     "verifier:file": FileVerifier,
     "verifier:section": VerifierSection,

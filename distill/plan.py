@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.config import PromptSource, Recipe, Replay, hashed_fields
+from distill.config import KdPhase, PromptSource, Recipe, Replay, TeacherModel, hashed_fields
 from distill.engines import ENGINES, load
 from distill.errors import RecipeError
 from distill.models import find_model, model_digest
@@ -21,7 +21,7 @@ from distill.rows import check_file, hub_root
 from distill.runs import STAGE_FILE, DigestCache, RunOptions, Step
 from distill.verifiers import resolve
 
-STAGE_VERSIONS = {"prompts": 1, "generate": 1, "select": 2, "prune": 1, "train": 2, "eval": 1, "export": 1}
+STAGE_VERSIONS = {"prompts": 1, "generate": 1, "select": 2, "prune": 1, "score": 1, "train": 2, "eval": 1, "export": 1}
 """Bumped when a stage gives other results for the same recipe (a changed default is such a change)."""
 
 STAGES = {
@@ -29,6 +29,7 @@ STAGES = {
     "generate": "distill.teachers.generate",
     "select": "distill.teachers.select",
     "prune": "distill.students.prune",
+    "score": "distill.teachers.score",
     "train": "distill.students.train",
     "eval": "distill.evaluation",
     "export": "distill.export.export",
@@ -73,6 +74,7 @@ MISSING_SECTION = {
     "generate": "add prompts and a teacher section",
     "select": "add prompts and a teacher section",
     "prune": "add student.prune",
+    "score": "add a logprobs section with teachers, and traces",
     "train": "add a student section with phases",
     "eval": "add an evaluate section",
     "export": "add an export section",
@@ -114,7 +116,8 @@ class Planner:
             self._evaluate("base", sets, {"model": pruned} if pruned else {})
         if recipe.evaluate and recipe.teacher and "teacher" in recipe.evaluate.models:
             self._evaluate("teacher", sets, {})
-        student = self._train(traces, pruned, sets) or pruned
+        scores = self._score(traces)
+        student = self._train(traces, pruned, sets, scores) or pruned
         if recipe.evaluate and recipe.student and recipe.student.phases and "student" in recipe.evaluate.models:
             assert student is not None
             self._evaluate("student", sets, {"model": student})
@@ -200,7 +203,48 @@ class Planner:
             upstream["examples"] = examples
         return self.add("prune", "prune", fields, upstream)
 
-    def _train(self, examples: Step | None, pruned: Step | None, sets: Mapping[str, Step]) -> Step | None:
+    def _score(self, examples: Step | None) -> dict[str, Step]:
+        """A step for every teacher whose distributions are stored: where a phase reads them, or there is no student."""
+        logprobs, student = self.recipe.logprobs, self.recipe.student
+        cached = student is None or any(
+            isinstance(phase, KdPhase) and phase.teacher == "cache" for phase in student.phases
+        )
+        if logprobs is None or examples is None or not cached:
+            return {}
+        stored = {key: value for key, value in hashed_fields(logprobs).items() if key != "teachers"}
+        steps = {}
+        for teacher in logprobs.teachers:
+            fields = {
+                "logprobs": stored,
+                "teacher": self._distilled(teacher),
+                "format": hashed_fields(self.recipe.format),
+                # it renders and tokenizes the documents
+                **({"base": self._base(), "new_tokens": list(student.new_tokens)} if student else {}),
+            }
+            label = f"score:{teacher.name}"
+            steps[teacher.name] = self.add("score", label, fields, {"examples": examples}, teacher=teacher.name)
+        return steps
+
+    def _distilled(self, teacher: TeacherModel) -> dict[str, Any]:
+        """What identifies a teacher whose distribution is learned, but for its share in a mixture."""
+        source = find_model(teacher.model, teacher.revision)
+        fields = hashed_fields(teacher.model_copy(update={"weight": 1.0}))
+        return {**fields, "model": teacher.model if source.folder is None else "<by content>",
+                "root": model_digest(source, self.cache)}  # fmt: skip
+
+    def _learned(self, phase: KdPhase, scores: Mapping[str, Step]) -> tuple[dict[str, Any], dict[str, Step]]:
+        """Fields and upstream steps of a phase that learns distributions."""
+        logprobs = self.recipe.logprobs
+        assert logprobs is not None  # the recipe's own validation
+        fields: dict[str, Any] = {"shares": logprobs.weights()}
+        if phase.teacher == "memory":
+            fields["teachers"] = [self._distilled(teacher) for teacher in logprobs.teachers]
+            return fields, {}
+        return fields, {f"logprobs:{name}": step for name, step in scores.items()}
+
+    def _train(
+        self, examples: Step | None, pruned: Step | None, sets: Mapping[str, Step], scores: Mapping[str, Step]
+    ) -> Step | None:
         student = self.recipe.student
         if student is None or examples is None:
             return None
@@ -221,6 +265,10 @@ class Planner:
                     "sets": {name: sets[name].identity for name in phase.monitor.sets},
                 }
             upstream = {"examples": examples}
+            if isinstance(phase, KdPhase):
+                learned, stored = self._learned(phase, scores)
+                fields["distilled"] = learned
+                upstream |= stored
             if last is None:
                 fields["base"] = self._base()
             else:

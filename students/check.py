@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from distill.config import Recipe, SftPhase
+from distill.config import Recipe, SftPhase, TrainingPhase
+from distill.documents import Documents
 from distill.engines.transformers import end_ids
 from distill.errors import TrainingError
 from distill.format import EOS, PROMPT, THINK
@@ -27,7 +28,6 @@ from distill.plan import Plan, make_plan
 from distill.progress import clock_text
 from distill.runs import RunOptions, Step
 
-from .data import Documents
 from .distributed import World
 from .loop import StepReport, Trainer, cut, plan_of
 from .objective import PackTensors, StudentObjective
@@ -58,7 +58,7 @@ class Subject(NamedTuple):
     model: Any
     tokenizer: Any
     documents: Documents
-    phase: SftPhase
+    phase: TrainingPhase
     precision: str
     recipe: Recipe
     options: RunOptions
@@ -248,7 +248,7 @@ def packing(subject: Subject) -> Finding:
 
 
 @torch.no_grad()
-def packing_difference(model: Any, documents: Documents, chosen: Sequence[int], phase: SftPhase) -> float:
+def packing_difference(model: Any, documents: Documents, chosen: Sequence[int], phase: TrainingPhase) -> float:
     """Largest difference of a supervised token's log-probability between a pack and its documents alone, in nats."""
     training, attention = model.training, model.config._attn_implementation
     objective = StudentObjective(model.eval(), phase.model_copy(update={"loss_weights": type(phase.loss_weights)()}))
@@ -307,7 +307,7 @@ def cost(subject: Subject) -> Finding:
     return Finding("cost", "note", detail)
 
 
-def _trained(subject: Subject, documents: Documents, phase: SftPhase) -> list[StepReport]:
+def _trained(subject: Subject, documents: Documents, phase: TrainingPhase) -> list[StepReport]:
     """Train a copy of the student; what its steps said."""
     with tempfile.TemporaryDirectory(prefix="distill-check-") as work:
         trainer = Trainer(copy.deepcopy(subject.model), documents, phase, subject.precision, Path(work))

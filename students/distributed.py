@@ -76,6 +76,14 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gathered(self, value: Any) -> list[Any]:
+        """Every process's value, in all of them, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     def wait(self) -> None:
         """Until all processes have come here."""
         if self.size > 1:

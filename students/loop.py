@@ -17,7 +17,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from distill.config import SftPhase
+from distill.attention import decoder_of
+from distill.config import KdPhase, TrainingPhase
+from distill.documents import Documents
 from distill.errors import Interrupted, TrainingError
 from distill.format import SEGMENTS
 from distill.interrupts import Stop
@@ -25,11 +27,12 @@ from distill.models import seeded
 from distill.runs import PARTIAL
 
 from .checkpoint import BEST, CheckpointWriter, load_newest, read_state, write_state
-from .data import Documents
 from .distributed import World
 from .fused import lean
+from .hidden import detach
 from .kernels import check_kernel
-from .objective import PackTensors, StudentObjective, decoder_of
+from .objective import PackTensors, StudentObjective, mix_of
+from .on_policy import Rollouts
 from .optimizers import RunningMean, learning_rate, load_optimizer_state, make_optimizer, optimizer_state
 from .packing import (
     Pack,
@@ -42,7 +45,8 @@ from .packing import (
     plan_steps,
 )
 from .stopping import Stopping
-from .weights import make_weights
+from .tutors import Tutor
+from .weights import Sharded, make_weights
 
 
 class StepReport(NamedTuple):
@@ -80,22 +84,27 @@ class Trainer:
     """One phase of training: plan, step, checkpoint, resume.
 
     `sources` says which documents an epoch takes (see `epochs_of`); all of them by default. `look` is called at the
-    steps that `phase.monitor` names.
+    steps that `phase.monitor` names. `tutor` gives the teachers' distributions of a phase that learns them, `rollouts`
+    the student's own answers of one that learns from these.
     """
 
     def __init__(
         self,
         model: Any,
         documents: Documents,
-        phase: SftPhase,
+        phase: TrainingPhase,
         precision: str,
         work: Path,
         sources: Sequence[Source] | None = None,
         world: World | None = None,
         parallel: str = "auto",
         look: Look | None = None,
+        tutor: Tutor | None = None,
+        rollouts: Rollouts | None = None,
     ) -> None:
         self.documents = documents
+        self.tutor = tutor
+        self.rollouts = rollouts
         self.phase = phase
         self.work = work
         self.world = world or World()
@@ -111,6 +120,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.weights, phase)
         self.mean = RunningMean(self.weights.params, phase.ema_decay) if phase.ema_decay else None
         self.stopping = Stopping(phase.early_stopping)
+        self.last_lengths: list[int] = []
+        """Tokens of each document of the last step."""
         self._writer = CheckpointWriter(work, phase.keep_checkpoints)
         self.resumed_from = self._resume()
 
@@ -135,6 +146,8 @@ class Trainer:
             for own, name, param in zip(self.mean.means, self.weights.names, self.weights.params):
                 own.copy_(self.weights.like(state["mean"]["weights"][name], param))
         self.stopping.load(state["stopping"])
+        if self.rollouts is not None:
+            self.rollouts.guard.load(state["guard"])
         return int(state["step"])
 
     def save(self, step: int) -> None:
@@ -145,6 +158,8 @@ class Trainer:
             "stopping": self.stopping.state(),
             **self._expected(),
         }
+        if self.rollouts is not None:
+            state["guard"] = self.rollouts.guard.state()
         if self.mean is not None:
             means = {n: self.weights.whole(m) for n, m in zip(self.weights.names, self.mean.means)}
             state["mean"] = {"updates": self.mean.updates, "weights": means}
@@ -211,35 +226,49 @@ class Trainer:
             for param, mean in zip(self.weights.params, self.mean.means):
                 param.data.copy_(mean)
             self.weights.publish()
+        detach(self.model)
 
     # --- one step ---
 
     def _step(self, step: int) -> StepReport:
         started = time.perf_counter()
-        chosen = self.plan[step]
-        packs = cut(chosen, self.documents, self.phase)
+        documents, chosen = self._material(step)
+        packs = cut(chosen, documents, self.phase)
+        if isinstance(self.phase, KdPhase):
+            self.objective.mix = mix_of(self.phase, step / max(1, len(self.plan) - 1))
         lr = learning_rate(self.phase, step, len(self.plan))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        found = self._passes(step, packs)
+        found = self._passes(step, packs, documents)
         sums = StepSums(*self.world.sums(found))
         if sums.bad:
-            self._refuse(step, sums.loss / max(sums.weight, 1e-9), math.nan)
+            self._refuse(step, documents, chosen, sums.loss / max(sums.weight, 1e-9), math.nan)
         norm = self.weights.average(sums.weight, self.phase.grad_clip)
         if not math.isfinite(norm):
-            self._refuse(step, sums.loss / sums.weight, norm)
+            self._refuse(step, documents, chosen, sums.loss / sums.weight, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.weights.publish()
         if self.mean is not None:
             self.mean.update(self.weights.params)
-        tokens = sum(int(self.documents.lengths[index]) for index in chosen)
+        self.last_lengths = [int(documents.lengths[index]) for index in chosen]
         supervised, cells = (sum(values) for values in zip(*((len(p.rows_N), p.ids_BT.size) for p in packs)))
         seconds = time.perf_counter() - started
         loss = sums.loss / sums.weight
+        tokens = sum(self.last_lengths)
         return StepReport(step + 1, loss, lr, norm, tokens, supervised, len(packs), seconds, cells)
 
-    def _passes(self, step: int, packs: Sequence[Pack]) -> StepSums:
+    def _material(self, step: int) -> tuple[Documents, Sequence[int]]:
+        """The documents that a step learns from, and which of them."""
+        if self.rollouts is None:
+            return self.documents, self.plan[step]
+        self.objective.eval()
+        with writing(self) as model:
+            found = self.rollouts.documents(model, self.documents, self.plan[step], step, self.world)
+        self.objective.train()
+        return found
+
+    def _passes(self, step: int, packs: Sequence[Pack], documents: Documents) -> StepSums:
         """The forward and backward passes of this process in a step."""
         loss = torch.zeros((), dtype=torch.float64)
         weight = bad = 0.0
@@ -249,8 +278,10 @@ class Trainer:
                 break
             # with shards all processes pass as often as the busiest; a pass too many counts for nothing
             pack = packs[place] if place < len(packs) else nothing(packs[0])
+            tensors = PackTensors.of(pack, self.model.device)
+            lesson = self.tutor.lesson(documents, pack, tensors) if self.tutor else None
             with seeded(pack_seed(self.phase.seed, step, place), str(self.model.device)):
-                found = self.objective(PackTensors.of(pack, self.model.device))
+                found = self.objective(tensors, lesson)
                 found.total.backward()
             own = found.total.detach().double().cpu()
             if not bool(torch.isfinite(own)):
@@ -264,26 +295,42 @@ class Trainer:
         path = self.work / f"bad-step-{step + 1}-pack-{place}.json"
         path.write_text(json.dumps({"loss": str(loss), "bounds": pack.bounds, "ids": pack.ids_BT.tolist()}))
 
-    def _refuse(self, step: int, loss: float, norm: float) -> None:
+    def _refuse(self, step: int, documents: Documents, chosen: Sequence[int], loss: float, norm: float) -> None:
         path = self.work / f"bad-step-{step + 1}.json"
         if self.world.main:
-            chosen = self.plan[step]
-            documents = [{"number": index, "ids": self.documents.ids(index).tolist()} for index in chosen]
-            path.write_text(json.dumps({"documents": documents}))
+            shown = [{"number": index, "ids": documents.ids(index).tolist()} for index in chosen]
+            path.write_text(json.dumps({"documents": shown}))
         raise TrainingError(
             f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite; the documents are in {path};"
             " lower student.phases.N.lr or look at these documents"
         )
 
 
-def plan_of(documents: Documents, phase: SftPhase, sources: Sequence[Source] | None = None) -> list[list[int]]:
+@contextlib.contextmanager
+def writing(trainer: Trainer) -> Iterator[Any]:
+    """The student in a form that generates, inside the block.
+
+    Raises TrainingError for one in shards, which no process has as a whole.
+    """
+    if isinstance(trainer.weights, Sharded):
+        raise TrainingError("an on_policy phase lets every process write answers; set student.parallel=ddp, not fsdp")
+    model = trainer.model
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        yield model
+    finally:
+        model.set_attn_implementation(attention)
+
+
+def plan_of(documents: Documents, phase: TrainingPhase, sources: Sequence[Source] | None = None) -> list[list[int]]:
     """The documents of every optimizer step of a phase."""
     sources = sources or [Source(range(len(documents)))]
     order = epochs_of(sources, documents.lengths, phase.epochs, phase.seed)
     return plan_steps(order, documents.lengths, phase.step_tokens, phase.max_steps)
 
 
-def cut(chosen: Sequence[int], documents: Documents, phase: SftPhase) -> list[Pack]:
+def cut(chosen: Sequence[int], documents: Documents, phase: TrainingPhase) -> list[Pack]:
     """A step's documents as forward passes."""
     if phase.batching == "bucketed":
         batches = bucket_step(chosen, documents.lengths, phase.micro_batch_tokens)

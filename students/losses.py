@@ -1,5 +1,6 @@
 """Losses on supervised rows, computed in chunks so that the logits of all rows never exist at once."""
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,44 +23,37 @@ class Losses(NamedTuple):
     """Negative log-likelihood of each row in nats, without weights, smoothing and z-loss."""
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of `hidden @ weight.T` against targets, its gradients made in the forward pass.
+ToGradient = Callable[[Tensor, int], Tensor]
+"""Turns logits of rows (from the given one on) into their gradients in place; returns the rows' summed loss."""
 
-    With p = softmax(logits) and lse = log sum exp(logits), a row of weight w, smoothing s and z-loss z has
-        loss      w * ((1 - s) * (lse - logits[target]) + s * (lse - mean(logits)) + z * lse**2)
-        d logits  w * (p * (1 + 2 * z * lse) - (1 - s) * onehot(target) - s / V)
-    so both gradients follow from the logits of one chunk, which are then overwritten; backward only scales them.
-    """
+
+def chunked(hidden_NH: Tensor, weight_VH: Tensor, to_gradient: ToGradient, chunk: int = CHUNK_ROWS) -> Tensor:
+    """A loss that is summed over rows of logits `hidden @ weight.T`, of which no more than `chunk` ever exist."""
+    total: Tensor = _Chunked.apply(hidden_NH, weight_VH, to_gradient, chunk)
+    return total
+
+
+class _Chunked(torch.autograd.Function):
+    """Both gradients follow from one chunk's logits, so they are made in the forward pass; backward scales them."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_NH: Tensor,
-        weight_VH: Tensor,
-        targets_N: Tensor,
-        weights_N: Tensor,
-        smoothing: float,
-        z_loss: float,
-        chunk: int,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, to_gradient: ToGradient, chunk: int) -> Tensor:
         wide = torch.promote_types(weight_VH.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden_NH.device)
-        nll_N = torch.empty(len(targets_N), dtype=wide, device=hidden_NH.device)
         grad_hidden_NH = torch.empty_like(hidden_NH)
         # a frozen head (adapters) needs no gradient, which is a third of the work here
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=wide) if ctx.needs_input_grad[1] else None
         head_VH = weight_VH.detach()
-        for start in range(0, len(targets_N), chunk):
+        for start in range(0, len(hidden_NH), chunk):
             rows = slice(start, start + chunk)
             hidden = hidden_NH[rows].detach()
             logits = product(hidden, head_VH.T)
-            total += _to_gradient(logits, targets_N[rows], weights_N[rows].to(wide), smoothing, z_loss, nll_N[rows])
+            total += to_gradient(logits, start)
             grad_hidden_NH[rows] = product(logits, head_VH)
             if grad_weight_VH is not None:
                 grad_weight_VH += product(logits.T, hidden)
         ctx.save_for_backward(grad_hidden_NH, grad_weight_VH)
-        ctx.mark_non_differentiable(nll_N)
-        return total, nll_N
+        return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -67,38 +61,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale = grads[0]
         by_hidden = grad_hidden_NH * scale.to(grad_hidden_NH.dtype)
         by_weight = None if grad_weight_VH is None else (grad_weight_VH * scale).to(grad_hidden_NH.dtype)
-        return by_hidden, by_weight, None, None, None, None, None
+        return by_hidden, by_weight, None, None
 
 
-def _to_gradient(
-    logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor, smoothing: float, z_loss: float, nll_N: Tensor
-) -> Tensor:
-    """Turn logits into their gradients in place and fill `nll_N`; returns the rows' summed loss."""
-    wide, vocabulary = weights_N.dtype, logits_NV.shape[1]
-    total = torch.zeros((), dtype=wide, device=logits_NV.device)
-    band = BAND_ROWS if logits_NV.device.type == "cpu" else len(logits_NV)
-    for start in range(0, len(logits_NV), max(1, band)):
-        rows = slice(start, start + band)
-        narrow, weights = logits_NV[rows], weights_N[rows]
-        logits = narrow.to(wide, copy=True)
-        chosen = targets_N[rows, None]
-        lse = torch.logsumexp(logits, dim=-1)
-        nll = lse - logits.gather(-1, chosen).squeeze(-1)
-        loss = nll
-        if smoothing:
-            loss = (1 - smoothing) * nll + smoothing * (lse - logits.mean(-1))
-        if z_loss:
-            loss = loss + z_loss * lse.square()
-        nll_N[rows] = nll
-        total += (weights * loss).sum()
-        gradient = logits.sub_(lse[:, None]).exp_()
-        if z_loss:
-            gradient.mul_((1 + 2 * z_loss * lse)[:, None])
-        if smoothing:
-            gradient.sub_(smoothing / vocabulary)
-        gradient.scatter_add_(-1, chosen, torch.full_like(chosen, smoothing - 1, dtype=wide))
-        narrow.copy_(gradient.mul_(weights[:, None]))
-    return total
+def bands(logits_NV: Tensor) -> Iterator[slice]:
+    """Rows that are reduced together: few on a CPU, all of them elsewhere."""
+    size = BAND_ROWS if logits_NV.device.type == "cpu" else max(1, len(logits_NV))
+    for start in range(0, len(logits_NV), size):
+        yield slice(start, min(start + size, len(logits_NV)))
+
+
+def nll_to_gradient(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """-log softmax(logits)[target] of each row; turns the logits into its gradients, softmax - onehot, in place."""
+    chosen = targets_N[:, None]
+    lse = torch.logsumexp(logits_NV, dim=-1)
+    nll = lse - logits_NV.gather(-1, chosen).squeeze(-1)
+    logits_NV.sub_(lse[:, None]).exp_()
+    logits_NV.scatter_add_(-1, chosen, torch.full_like(chosen, -1, dtype=logits_NV.dtype))
+    return nll
 
 
 def cross_entropy(
@@ -118,10 +98,50 @@ def cross_entropy(
     Reductions are in fp32 at least, whatever the inputs' dtype; no more than `chunk` rows of logits ever exist, and
     neither result nor gradients depend on `chunk` beyond rounding.
     """
+    wide = torch.promote_types(weight_VH.dtype, torch.float32)
+    nll_N = torch.empty(len(targets_N), dtype=wide, device=hidden_NH.device)
     if weights_N is None:
         weights_N = torch.ones(len(targets_N), device=hidden_NH.device)
-    found = _ChunkedCrossEntropy.apply(hidden_NH, weight_VH, targets_N, weights_N, smoothing, z_loss, chunk)
-    return Losses(*found)
+    weights = weights_N.to(wide)
+
+    def to_gradient(logits_NV: Tensor, start: int) -> Tensor:
+        total = torch.zeros((), dtype=wide, device=logits_NV.device)
+        for band in bands(logits_NV):
+            rows = slice(start + band.start, start + band.stop)
+            total += _band_to_gradient(logits_NV[band], targets_N[rows], weights[rows], smoothing, z_loss, nll_N[rows])
+        return total
+
+    return Losses(chunked(hidden_NH, weight_VH, to_gradient, chunk), nll_N)
+
+
+def _band_to_gradient(
+    narrow_NV: Tensor, targets_N: Tensor, weights_N: Tensor, smoothing: float, z_loss: float, nll_N: Tensor
+) -> Tensor:
+    """Turn a few rows of logits into their gradients in place and fill `nll_N`; returns their summed loss.
+
+    With p = softmax(logits) and lse = log sum exp(logits), a row of weight w, smoothing s and z-loss z has
+        loss      w * ((1 - s) * (lse - logits[target]) + s * (lse - mean(logits)) + z * lse**2)
+        d logits  w * (p * (1 + 2 * z * lse) - (1 - s) * onehot(target) - s / V)
+    """
+    vocabulary = narrow_NV.shape[1]
+    logits = narrow_NV.to(weights_N.dtype, copy=True)
+    chosen = targets_N[:, None]
+    lse = torch.logsumexp(logits, dim=-1)
+    nll = lse - logits.gather(-1, chosen).squeeze(-1)
+    loss = nll
+    if smoothing:
+        loss = (1 - smoothing) * nll + smoothing * (lse - logits.mean(-1))
+    if z_loss:
+        loss = loss + z_loss * lse.square()
+    nll_N.copy_(nll)
+    gradient = logits.sub_(lse[:, None]).exp_()
+    if z_loss:
+        gradient.mul_((1 + 2 * z_loss * lse)[:, None])
+    if smoothing:
+        gradient.sub_(smoothing / vocabulary)
+    gradient.scatter_add_(-1, chosen, torch.full_like(chosen, smoothing - 1, dtype=gradient.dtype))
+    narrow_NV.copy_(gradient.mul_(weights_N[:, None]))
+    return (weights_N * loss).sum()
 
 
 @torch.no_grad()

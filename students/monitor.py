@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from distill.config import Monitor, Recipe, Sampling
+from distill.documents import Documents
 from distill.engines.transformers import TransformersEngine
 from distill.evaluation import evaluate
 from distill.plan import set_sources
 from distill.records import Prompt
 from distill.runs import RunOptions
 
-from .data import Documents
 from .loop import Trainer, heldout_losses
 from .weights import Sharded
 

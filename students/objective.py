@@ -4,14 +4,19 @@ Head and loss belong inside, so that whoever wraps the module (FSDP gathers weig
 weights. Only supervised rows meet the head. Documents of a pack never see one another, on any attention.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from distill.attention import PER_DOCUMENT
-from distill.config import SftPhase
+from distill.attention import PER_DOCUMENT, boundaries, decoder_of
+from distill.config import KdPhase, TrainingPhase
 
+from . import divergences
+from .distillation import Mix, Targets, distillation_loss
+from .hidden import captured_by, match_of
 from .kernels import fused_loss
 from .losses import Losses, cross_entropy, row_losses
 from .packing import Pack
@@ -37,25 +42,45 @@ class PackTensors(NamedTuple):
         return cls(ids, positions, rows, targets, weights, pack.bounds)
 
 
+class Lesson(NamedTuple):
+    """What the teachers say about a pack."""
+
+    targets: Targets
+    features: Sequence[Tensor] = ()
+    """Hidden states of a teacher at the supervised rows, [N, H] each, in the order of `hidden.captured`."""
+
+
 class StudentObjective(nn.Module):
     """The model and its loss; `forward` takes a pack and gives sums over its supervised rows."""
 
-    def __init__(self, model: Any, phase: SftPhase) -> None:
+    def __init__(self, model: Any, phase: TrainingPhase) -> None:
         super().__init__()
         self.model = model
         self.phase = phase
+        self.mix = mix_of(phase, 1.0) if isinstance(phase, KdPhase) else None
+        """How a distilling phase weighs its losses at this step."""
 
-    def forward(self, pack: PackTensors) -> Losses:
+    def forward(self, pack: PackTensors, lesson: Lesson | None = None) -> Losses:
         """The pack's weighted loss, summed, and the negative log-likelihood of every row.
 
-        Without gradients the loss is the weighted likelihood alone, whatever smoothing and z-loss training adds.
+        With a lesson the loss is the phase's divergence to the teachers, and what their hidden states add. Without
+        gradients it is the weighted likelihood alone, whatever training adds.
         """
         phase = self.phase
-        hidden_NH = self.hidden(pack).flatten(0, 1)[pack.rows_N]
+        match = match_of(self.model) if lesson is not None and lesson.features else None
+        with captured_by(match, self.model) as states:
+            hidden_NH = self.hidden(pack).flatten(0, 1)[pack.rows_N]
         head_VH = self.model.get_output_embeddings().weight
         if not torch.is_grad_enabled():
             nll_N = row_losses(hidden_NH, head_VH, pack.targets_N)
             return Losses((nll_N * pack.weights_N).sum(), nll_N)
+        if lesson is not None:
+            assert self.mix is not None  # only such a phase has teachers
+            found = distillation_loss(hidden_NH, head_VH, pack.targets_N, pack.weights_N, lesson.targets, self.mix)
+            if match is None:
+                return found
+            own = [state_BTH.flatten(0, 1)[pack.rows_N] for state_BTH in states]
+            return found._replace(total=found.total + match(own, lesson.features, pack.weights_N))
         if phase.loss_kernel != "chunked":
             return fused_loss(phase.loss_kernel, hidden_NH, head_VH, pack.targets_N)
         return cross_entropy(hidden_NH, head_VH, pack.targets_N, pack.weights_N, phase.label_smoothing, phase.z_loss)
@@ -68,10 +93,26 @@ class StudentObjective(nn.Module):
             embedded = self.model.get_input_embeddings()(pack.ids_BT)
             given = {"inputs_embeds": noisy(embedded, pack.bounds, self.phase.neftune_alpha)}
         found = decoder_of(self.model)(
-            **given, position_ids=pack.positions_BT, use_cache=False, **boundaries(self.model, pack)
+            **given, position_ids=pack.positions_BT, use_cache=False, **boundaries(self.model, pack.bounds)
         )
         hidden_BTH: Tensor = found.last_hidden_state
         return hidden_BTH
+
+
+def mix_of(phase: KdPhase, done: float) -> Mix:
+    """The loss of a distilling phase of which a share `done` is behind us."""
+    return Mix(measure_of(phase, done), phase.temperature, phase.kd_weight, phase.ce_weight)
+
+
+def measure_of(phase: KdPhase, done: float) -> divergences.Measure:
+    """The phase's divergence; the target of `taid` moves with the share that is done."""
+    if phase.divergence == "jsd":
+        return partial(divergences.jsd, beta=phase.jsd_beta)
+    if phase.divergence in ("skewed_kl", "skewed_reverse_kl"):
+        return partial(getattr(divergences, phase.divergence), skew=phase.skew)
+    if phase.divergence == "taid":
+        return partial(divergences.taid, share=phase.taid_start + (1 - phase.taid_start) * done)
+    return divergences.forward_kl if phase.divergence == "forward_kl" else divergences.reverse_kl
 
 
 def as_attended(pack: PackTensors, attention: str) -> PackTensors:
@@ -83,11 +124,6 @@ def as_attended(pack: PackTensors, attention: str) -> PackTensors:
     return pack._replace(ids_BT=pack.ids_BT.view(1, -1), positions_BT=pack.positions_BT.view(1, -1), bounds=bounds)
 
 
-def decoder_of(model: Any) -> Any:
-    """The decoder below the head, inside adapters too."""
-    return (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
-
-
 def noisy(embedded_BTH: Tensor, bounds: list[int] | None, alpha: float) -> Tensor:
     """Embeddings with uniform noise of size alpha / sqrt(tokens of the document x width) (NEFTune)."""
     batch, tokens, width = embedded_BTH.shape
@@ -97,26 +133,3 @@ def noisy(embedded_BTH: Tensor, bounds: list[int] | None, alpha: float) -> Tenso
     size_T1 = (alpha / (lengths_T * width).sqrt())[:, None]
     noise = torch.rand(batch, tokens, width, device=embedded_BTH.device) * 2 - 1
     return embedded_BTH + (noise * size_T1).to(embedded_BTH.dtype)
-
-
-def boundaries(model: Any, pack: PackTensors) -> dict[str, Any]:
-    """Document boundaries as the model's attention takes them."""
-    bounds, kind = pack.bounds, model.config._attn_implementation
-    if bounds is None:
-        return {}  # plain causal attention: rows are padded on the right, where no query looks
-    if kind == PER_DOCUMENT:
-        return {"cu_seq_lens_q": bounds}
-    if kind in ("sdpa", "eager"):
-        return {"attention_mask": block_mask(bounds, model.dtype, model.device)}
-    lengths = torch.tensor(bounds, dtype=torch.int32, device=model.device)
-    longest = max(end - start for start, end in zip(bounds, bounds[1:]))
-    return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": longest, "max_length_k": longest}
-
-
-def block_mask(bounds: list[int], dtype: torch.dtype, device: Any) -> Tensor:
-    """A mask to add to scores, [1, 1, T, T]: 0 inside a document up to the query, the dtype's minimum elsewhere."""
-    lengths = torch.tensor([end - start for start, end in zip(bounds, bounds[1:])], device=device)
-    document_T = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
-    allowed_TT = (document_T[:, None] == document_T[None]).tril()
-    mask_TT = torch.zeros(allowed_TT.shape, dtype=dtype, device=device)
-    return mask_TT.masked_fill_(~allowed_TT, torch.finfo(dtype).min)[None, None]

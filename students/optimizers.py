@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from distill.config import SftPhase
+from distill.config import TrainingPhase
 from distill.errors import MissingExtraError, TrainingError
 
 from .weights import Sharded, Weights
 
 
-def learning_rate(phase: SftPhase, step: int, total: int) -> float:
+def learning_rate(phase: TrainingPhase, step: int, total: int) -> float:
     """The rate of step `step` (from 0) of `total`: linear warm-up, then the phase's schedule down to its floor.
 
     `wsd` stays at the peak and falls as 1 - sqrt over the last `decay_ratio` of the steps (Hägele et al. 2024).
@@ -28,7 +28,7 @@ def learning_rate(phase: SftPhase, step: int, total: int) -> float:
     return phase.lr * (phase.min_lr_ratio + (1 - phase.min_lr_ratio) * _falling(phase, step, warmup, total))
 
 
-def _falling(phase: SftPhase, step: int, warmup: int, total: int) -> float:
+def _falling(phase: TrainingPhase, step: int, warmup: int, total: int) -> float:
     """From 1 to 0 over the steps after the warm-up."""
     if phase.schedule == "wsd":
         decay = min(_steps(phase.decay_ratio, total), total - warmup)
@@ -41,7 +41,7 @@ def _steps(share: float, total: int) -> int:
     return math.ceil(share * total - 1e-9)  # 0.07 * 100 is a little above 7
 
 
-def make_optimizer(weights: Weights, phase: SftPhase) -> Optimizer:
+def make_optimizer(weights: Weights, phase: TrainingPhase) -> Optimizer:
     """The phase's optimizer on fp32 weights; decay on matrices only.
 
     AdamW is torch's fused one. Raises MissingExtraError for `adamw_8bit` without bitsandbytes, TrainingError for what

@@ -12,10 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from distill.config import LossWeights
+from distill.documents import Array, Documents
 from distill.errors import TrainingError
-from distill.format import SEGMENTS
-
-from .data import Array, Documents
+from distill.format import PROMPT, SEGMENTS
 
 BUCKET_SPREAD = 1.25
 """How much longer than its shortest document a bucketed batch may be padded."""
@@ -37,6 +36,10 @@ class Pack(NamedTuple):
     weights_N: Array
     segments_N: Array
     bounds: list[int] | None
+    documents: Sequence[int] = ()
+    """Numbers of the documents, in order."""
+    places_N: Array = np.zeros(0, np.int64)
+    """Place of each row's target among all tokens of these documents that are not of a prompt, int64."""
 
     @property
     def weight(self) -> float:
@@ -157,7 +160,7 @@ def lay_out(documents: Documents, chosen: Sequence[int], weights: LossWeights | 
     ids_T = np.concatenate([documents.ids(index) for index in chosen]).astype(np.int64)
     segments_T = np.concatenate([documents.segments(index) for index in chosen])
     positions_T = np.concatenate([np.arange(length) for length in lengths])
-    return _supervised(ids_T[None], positions_T[None], segments_T[None], bounds, weights)
+    return _supervised(ids_T[None], positions_T[None], segments_T[None], bounds, weights, chosen)
 
 
 def lay_side_by_side(documents: Documents, chosen: Sequence[int], weights: LossWeights | None = None) -> Pack:
@@ -169,21 +172,27 @@ def lay_side_by_side(documents: Documents, chosen: Sequence[int], weights: LossW
         ids_BT[row, :length] = documents.ids(index)
         segments_BT[row, :length] = documents.segments(index)
     positions_BT = np.broadcast_to(np.arange(longest), ids_BT.shape).copy()
-    return _supervised(ids_BT, positions_BT, segments_BT, None, weights)
+    return _supervised(ids_BT, positions_BT, segments_BT, None, weights, chosen)
 
 
 def _supervised(
-    ids_BT: Array, positions_BT: Array, segments_BT: Array, bounds: list[int] | None, weights: LossWeights | None
+    ids_BT: Array,
+    positions_BT: Array,
+    segments_BT: Array,
+    bounds: list[int] | None,
+    weights: LossWeights | None,
+    documents: Sequence[int],
 ) -> Pack:
-    chosen = weights or LossWeights()
-    by_segment = np.array([0.0, *(getattr(chosen, name) for name in SEGMENTS[1:])], np.float32)
+    loss_weights = weights or LossWeights()
+    by_segment = np.array([0.0, *(getattr(loss_weights, name) for name in SEGMENTS[1:])], np.float32)
     weights_BT = by_segment[segments_BT]
     weights_BT[:, 0] = 0  # nothing stands before the first token of a row
     targets = np.flatnonzero(weights_BT)
     if len(targets) == 0:
         raise TrainingError("a pack has no supervised tokens")
-    flat = ids_BT.reshape(-1)
+    flat, kinds = ids_BT.reshape(-1), segments_BT.reshape(-1)
+    places = np.cumsum(kinds != PROMPT) - 1
     return Pack(
-        ids_BT, positions_BT, targets - 1, flat[targets], weights_BT.reshape(-1)[targets],
-        segments_BT.reshape(-1)[targets], bounds,
+        ids_BT, positions_BT, targets - 1, flat[targets], weights_BT.reshape(-1)[targets], kinds[targets], bounds,
+        documents, places[targets],
     )  # fmt: skip

@@ -18,8 +18,8 @@ from .products import product
 
 PEAK_SIZES = (1024, 2048, 4096)
 """Sides of the square products on which the peak is measured."""
-ADAPTERS = (".lora_", ".original_module.")
-"""In the names of parameters that peft keeps beside those of the base: adapters, and what is trained as a copy."""
+ADAPTERS = (".lora_", ".original_module.", "hidden_match.")
+"""In the names of parameters beside those of the base: adapters, what peft trains as a copy, projections."""
 
 
 class Shape(NamedTuple):

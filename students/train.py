@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill.attention import PER_DOCUMENT
-from distill.config import Recipe, SftPhase, StudentConfig
+from distill.config import KdPhase, OnPolicyPhase, Recipe, StudentConfig, TrainingPhase
+from distill.documents import Documents, check_context, check_vocabulary, joined
 from distill.engines.transformers import end_ids
 from distill.errors import DataError, FormatError, ModelError, TrainingError
 from distill.evaluation import set_prompts
@@ -34,18 +35,20 @@ from distill.processes import launched
 from distill.progress import progress, say
 from distill.records import Example, Message, Prompt, read_records
 from distill.runs import OpenRun, RunOptions, Step, file_digest, follow_run, open_run
+from distill.token_store import tokenize
 
 from .adapters import check_adapters, load_in_four_bits, merged, require_peft, with_adapters
 from .check import require_sound, subject_of
-from .data import Documents, check_context, check_vocabulary, joined
 from .distributed import World, joined_world, local_device
 from .harness import require_harness
 from .loop import StepReport, Trainer, write_metrics
 from .monitor import Watcher
+from .on_policy import Guard, Rollouts
 from .packing import Source
-from .shards import tokenize, write_chats
+from .replay import write_chats
 from .throughput import peak_flops, peak_memory_mb, shape_of
 from .trackers import require_trackers, trackers
+from .tutors import Tutor, cached_tutor, tutor_in_memory
 from .vocabulary import add_tokens
 
 HELDOUT_SEED = "heldout"
@@ -106,7 +109,7 @@ class Ready(NamedTuple):
     documents: Documents
     sources: list[Source]
     heldout: Documents | None
-    phase: SftPhase
+    phase: TrainingPhase
     student: StudentConfig
     source: ModelSource
     counts: dict[str, Any]
@@ -147,7 +150,7 @@ def prepare(recipe: Recipe, step: Step, options: RunOptions, device: str, world:
 
 
 def tokenized(
-    recipe: Recipe, phase: SftPhase, step: Step, tokenizer: Any, ends: Sequence[int], options: RunOptions
+    recipe: Recipe, phase: TrainingPhase, step: Step, tokenizer: Any, ends: Sequence[int], options: RunOptions
 ) -> dict[str, Documents]:
     """The documents of the traces and of every replay set, from the store of tokenized data or made now."""
     examples = step.result("examples").path("examples.jsonl")
@@ -161,7 +164,7 @@ def tokenized(
     return sets
 
 
-def split(sets: dict[str, Documents], phase: SftPhase) -> tuple[list[Source], Documents | None]:
+def split(sets: dict[str, Documents], phase: TrainingPhase) -> tuple[list[Source], Documents | None]:
     """What each epoch takes of the joined sets, and the traces set aside for the held-out loss.
 
     Raises DataError if nothing would be left to train on.
@@ -191,7 +194,17 @@ def train(ready: Ready, recipe: Recipe, run: OpenRun, world: World) -> dict[str,
     checkpoint_activations(ready.model, phase)
     look = watcher(ready, recipe, run) if phase.monitor else None
     trainer = Trainer(
-        ready.model, ready.documents, phase, student.precision, run.work, ready.sources, world, student.parallel, look
+        ready.model,
+        ready.documents,
+        phase,
+        student.precision,
+        run.work,
+        ready.sources,
+        world,
+        student.parallel,
+        look,
+        tutor_of(ready, recipe, run.step) if isinstance(phase, KdPhase) else None,
+        rollouts_of(phase, ready.tokenizer) if isinstance(phase, OnPolicyPhase) else None,
     )
     say_plan(trainer, run)
     append = write_metrics(run.path("metrics.jsonl"), trainer.resumed_from) if world.main else lambda values: None
@@ -225,6 +238,22 @@ def train(ready: Ready, recipe: Recipe, run: OpenRun, world: World) -> dict[str,
     return counts
 
 
+def tutor_of(ready: Ready, recipe: Recipe, step: Step) -> Tutor:
+    """Where a distilling phase gets its teachers' distributions."""
+    phase, logprobs = ready.phase, recipe.logprobs
+    assert isinstance(phase, KdPhase) and logprobs is not None  # the recipe's own validation
+    if phase.teacher == "cache":
+        folders = {teacher.name: step.result(f"logprobs:{teacher.name}").folder for teacher in logprobs.teachers}
+        return cached_tutor(folders, logprobs, phase, ready.model, ready.tokenizer)
+    attention = attention_for(ready.student, str(ready.model.device))
+    return tutor_in_memory(logprobs, phase, ready.model, ready.tokenizer, ready.documents, attention)
+
+
+def rollouts_of(phase: OnPolicyPhase, tokenizer: Any) -> Rollouts:
+    """What lets the student answer for itself."""
+    return Rollouts(phase, int(tokenizer.pad_token_id), Guard.of(phase))
+
+
 class Usage(NamedTuple):
     """What turns a step's report into a row of metrics: speed, memory and use of the hardware."""
 
@@ -243,9 +272,7 @@ class Usage(NamedTuple):
 
     def row(self, report: StepReport) -> dict[str, Any]:
         """The report as plain values with tokens/s, MFU and memory."""
-        documents = self.trainer.documents
-        lengths = [int(documents.lengths[index]) for index in self.trainer.plan[report.step - 1]]
-        flops = self.shape.flops(lengths, report.supervised)
+        flops = self.shape.flops(self.trainer.last_lengths, report.supervised)
         return {
             **report._asdict(),
             "tokens_per_s": round(report.tokens / report.seconds, 1),
@@ -290,7 +317,7 @@ def watcher(ready: Ready, recipe: Recipe, run: OpenRun) -> Watcher:
     return Watcher(monitor, recipe, ready.tokenizer, ready.heldout, prompts, run.folder / "looks", quiet(run.options))
 
 
-def checkpoint_activations(model: Any, phase: SftPhase) -> None:
+def checkpoint_activations(model: Any, phase: TrainingPhase) -> None:
     """Recompute activations where the phase asks for it."""
     if phase.gradient_checkpointing:
         # transformers renamed it in the middle of version 5
@@ -298,7 +325,7 @@ def checkpoint_activations(model: Any, phase: SftPhase) -> None:
         enable()
 
 
-def summarise(trainer: Trainer, metrics: Path, phase: SftPhase) -> dict[str, Any]:
+def summarise(trainer: Trainer, metrics: Path, phase: TrainingPhase) -> dict[str, Any]:
     """Totals over all steps, from metrics.jsonl, so that they are right after a resume too."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     reports = [StepReport(**{name: row[name] for name in StepReport._fields}) for row in rows if "loss" in row]
@@ -367,8 +394,8 @@ def plain_student(ready: Ready, state: dict[str, Any], recipe: Recipe) -> Any:
     else:
         own = dict(model.named_parameters())
         with torch.no_grad():
-            for name, value in state.items():
-                own[name].copy_(value)
+            for name in own.keys() & state.keys():  # a state may hold projections, which are no part of the student
+                own[name].copy_(state[name])
     for parameter in model.parameters():  # not `to`: the rotary tables stay fp32
         parameter.data = parameter.data.to(DTYPES[ready.student.precision])
     model.config.dtype = DTYPES[ready.student.precision]

@@ -147,7 +147,7 @@ class Sharded:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        from .objective import decoder_of
+        from distill.attention import decoder_of
 
         model: Any = objective.model
         mesh = init_device_mesh(model.device.type, (world.size,))

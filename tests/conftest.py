@@ -97,12 +97,12 @@ def make_tokenizer(chat_template: str | None = CHATML, vocabulary: int = 512) ->
     return tokenizer
 
 
-def make_tiny_model(folder: Path, family: str, seed: int = 0, **changes: Any) -> Path:
+def make_tiny_model(folder: Path, family: str = "llama", seed: int = 0, tokens: int = 512, **changes: Any) -> Path:
     """Save a random two-layer model of a family (llama, qwen2, qwen3) and its tokenizer in `folder`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(vocabulary=tokens)
     shape: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
@@ -139,6 +139,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return made[family]
 
     return tiny
+
+
+@pytest.fixture(scope="session")
+def new_model() -> Callable[..., Path]:
+    """A function that saves another tiny model: `new_model(folder, "llama", seed=5, num_hidden_layers=3)`."""
+    return make_tiny_model
 
 
 # --- recipes --------------------------------------------------------------------------------------------------------

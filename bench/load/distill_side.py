@@ -82,7 +82,7 @@ def our_trainer(model: Any, given: argparse.Namespace, work: Path) -> Any:
 
     With `--in-order` every step takes the next so many documents of the file, as TRL's does; else the trainer plans.
     """
-    from distill.students.data import Documents
+    from distill.documents import Documents
     from distill.students.loop import Trainer
 
     documents = Documents.of(as_document(one) for one in read_rows(given.folder / "train.jsonl"))

@@ -9,9 +9,9 @@ import pytest
 
 from distill.attention import PER_DOCUMENT
 from distill.config import SftPhase
+from distill.documents import Documents
 from distill.format import Document
 from distill.models import find_model, load_model, load_tokenizer
-from distill.students.data import Documents
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 

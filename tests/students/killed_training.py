@@ -22,10 +22,10 @@ import torch
 
 from distill.attention import PER_DOCUMENT
 from distill.config import SftPhase
+from distill.documents import Documents
 from distill.format import Document
 from distill.interrupts import Stop
 from distill.models import find_model, load_model
-from distill.students.data import Documents
 from distill.students.loop import StepReport, Trainer
 from distill.students.optimizers import optimizer_state
 

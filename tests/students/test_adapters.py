@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from distill.config import Lora, Recipe, SftPhase, recipe_from
+from distill.documents import Documents
 from distill.errors import ModelError
 from distill.interrupts import Stop
 from distill.models import find_model, load_config, load_model
@@ -19,7 +20,6 @@ from distill.records import Example, Message, Prompt, digest_json, write_records
 from distill.runs import RunOptions, SealedRun, Step, open_run, open_sealed
 from distill.students import train
 from distill.students.adapters import check_adapters, merged, with_adapters
-from distill.students.data import Documents
 from distill.students.loop import Trainer
 from distill.students.objective import PackTensors, StudentObjective
 from distill.students.packing import lay_out

@@ -17,12 +17,12 @@ import torch
 from torch.nn import functional as F
 
 from distill.config import SftPhase
+from distill.documents import Documents
 from distill.errors import Interrupted, TrainingError
 from distill.format import SEGMENTS
 from distill.interrupts import Stop
 from distill.models import seeded
 from distill.students.checkpoint import BEST, checkpoints, read_state
-from distill.students.data import Documents
 from distill.students.distributed import World
 from distill.students.loop import StepReport, Trainer, compiled, cut, heldout_losses, pack_seed, write_metrics
 from distill.students.objective import PackTensors, StudentObjective
@@ -208,7 +208,7 @@ def test_noise_and_dropout_do_not_depend_on_how_many_processes_share_a_step(
         trainer.objective.train()
         packs = cut(trainer.plan[0], documents, chosen)
         assert len(packs) == 6
-        trainer._passes(0, packs)
+        trainer._passes(0, packs, documents)
         return [p.grad for p in trainer.weights.params]
 
     alone = gradients(1, 0)

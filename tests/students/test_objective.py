@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from distill.attention import PER_DOCUMENT
+from distill.attention import PER_DOCUMENT, block_mask, boundaries
 from distill.config import LossWeights, SftPhase
+from distill.documents import Documents
 from distill.models import seeded
-from distill.students.data import Documents
 from distill.students.fused import lean
-from distill.students.objective import PackTensors, StudentObjective, block_mask, boundaries, noisy
+from distill.students.objective import PackTensors, StudentObjective, noisy
 from distill.students.packing import Pack, lay_out, lay_side_by_side
 
 Live = Callable[..., Any]
@@ -384,14 +384,14 @@ def test_noise_is_added_to_the_embeddings_in_training_only(
 def test_flash_attention_is_given_the_same_boundaries_as_tensors(live: Live, make_documents: MakeDocuments) -> None:
     model = live()
     pack = PackTensors.of(lay_out(make_documents([5, 7], [1, 2]), [0, 1]), "cpu")
-    assert boundaries(model, pack) == {"cu_seq_lens_q": [0, 5, 12]}
+    assert boundaries(model, pack.bounds) == {"cu_seq_lens_q": [0, 5, 12]}
     model.config._attn_implementation = "flash_attention_2"
-    given = boundaries(model, pack)
+    given = boundaries(model, pack.bounds)
     assert given.keys() == {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
     assert given["cu_seq_lens_q"].tolist() == given["cu_seq_lens_k"].tolist() == [0, 5, 12]
     assert given["cu_seq_lens_q"].dtype == torch.int32
     assert given["max_length_q"] == given["max_length_k"] == 7
-    assert boundaries(model, pack._replace(bounds=None)) == {}
+    assert boundaries(model, None) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

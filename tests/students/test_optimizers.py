@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from distill.config import SftPhase
+from distill.documents import Documents
 from distill.errors import MissingExtraError, TrainingError
 from distill.interrupts import Stop
-from distill.students.data import Documents
 from distill.students.loop import StepReport, Trainer
 from distill.students.optimizers import (
     RunningMean,

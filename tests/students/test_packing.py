@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.config import LossWeights
+from distill.documents import Documents
 from distill.errors import TrainingError
 from distill.format import ANSWER, EOS, PROMPT, THINK, Document
-from distill.students.data import Documents
 from distill.students.packing import (
     BUCKET_SPREAD,
     Pack,

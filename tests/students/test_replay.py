@@ -11,14 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.config import FormatConfig, HubSource, Replay
+from distill.documents import Documents
 from distill.errors import DataError
 from distill.format import ANSWER, THINK, Document, Turn
 from distill.models import find_model, load_tokenizer
 from distill.records import Message
 from distill.rows import Row
 from distill.runs import RunOptions
-from distill.students.data import Documents
-from distill.students.shards import chat_turns, tokenize, turns_of, write_chats
+from distill.students.replay import chat_turns, write_chats
+from distill.token_store import tokenize, turns_of
 
 TinyModel = Callable[[str], Path]
 HI, HELLO = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from distill.config import FormatConfig, SftPhase
+from distill.documents import Documents, encode_examples
 from distill.errors import ModelError
 from distill.format import check_markers_survive
 from distill.interrupts import Stop
 from distill.models import find_model, load_model, load_tokenizer
 from distill.records import Example, Message, Prompt
-from distill.students.data import Documents, encode_examples
 from distill.students.loop import Trainer
 from distill.students.vocabulary import add_tokens
 

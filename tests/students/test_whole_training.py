@@ -285,11 +285,11 @@ REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "traces"
 def test_smollm2_overfits_eight_real_traces_and_writes_them_word_for_word(tmp_path: Path) -> None:
     from distill.attention import PER_DOCUMENT
     from distill.config import FormatConfig, SftPhase
+    from distill.documents import encode_examples, joined
     from distill.engines.transformers import end_ids, generate_ids
     from distill.format import parse_completion
     from distill.interrupts import Stop
     from distill.records import Example, Message, Prompt
-    from distill.students.data import encode_examples, joined
     from distill.students.loop import Trainer
 
     torch.set_num_threads(os.cpu_count() or 1)

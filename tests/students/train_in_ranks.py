@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor
 
 from distill.attention import PER_DOCUMENT
 from distill.config import Lora, SftPhase
+from distill.documents import Documents
 from distill.errors import Interrupted
 from distill.format import Document
 from distill.interrupts import graceful
 from distill.models import find_model, load_model
 from distill.students.adapters import with_adapters
-from distill.students.data import Documents
 from distill.students.distributed import joined_world
 from distill.students.loop import StepReport, Trainer, heldout_losses
 from distill.students.optimizers import optimizer_state

@@ -2,7 +2,7 @@
 
 A document is tok(prompt) + tok(completion) + EOS, every token with its segment (prompt, think, answer, eos). Masks go
 by position and never by token id, so a pad token that equals the end token does no harm. `Documents` is an index over
-token arrays that may lie in memory or be mapped from the files that `shards.py` writes.
+token arrays that may lie in memory or be mapped from the files that `token_store` writes.
 """
 
 import hashlib

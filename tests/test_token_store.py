@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from distill import token_store
 from distill.config import FormatConfig
+from distill.documents import Documents, encode_examples
 from distill.errors import DataError, FormatError, LockedError, TrainingError
 from distill.format import set_template
 from distill.models import find_model, load_tokenizer
 from distill.records import Example, Message, Prompt, write_records
 from distill.runs import RunOptions, locked
-from distill.students import shards
-from distill.students.data import Documents, encode_examples
-from distill.students.shards import tokenize, tokenizer_digest
+from distill.token_store import tokenize, tokenizer_digest
 
 TinyModel = Callable[[str], Path]
 ENDS = [2]
@@ -55,7 +55,7 @@ def rows(tmp_path: Path) -> Path:
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of three examples or so instead of many thousand; workers are told where theirs begin and end."""
-    monkeypatch.setattr(shards, "PART_BYTES", 700)
+    monkeypatch.setattr(token_store, "PART_BYTES", 700)
 
 
 def options(runs: Path, threads: int = 1) -> RunOptions:
@@ -126,7 +126,7 @@ def test_documents_do_not_depend_on_how_many_parts_they_are_made_in(
 ) -> None:
     expected = in_memory(tokenizer)
     for size in (1, 300, 5_000):
-        monkeypatch.setattr(shards, "PART_BYTES", size)
+        monkeypatch.setattr(token_store, "PART_BYTES", size)
         made = store(rows, tokenizer, tmp_path / f"runs-{size}")
         assert content(made) == content(expected)
         assert made.counts == expected.counts
@@ -282,7 +282,7 @@ def test_parts_of_another_size_are_not_mistaken_for_ones_own(
     """A release that cuts rows otherwise goes on with what an older one left."""
     with pytest.raises(KeyboardInterrupt):
         store(rows, Watched(tokenizer, lasts=40), tmp_path / "runs")
-    monkeypatch.setattr(shards, "PART_BYTES", 1500)
+    monkeypatch.setattr(token_store, "PART_BYTES", 1500)
     assert content(store(rows, tokenizer, tmp_path / "runs")) == content(in_memory(tokenizer))
 
 
@@ -297,9 +297,9 @@ def test_a_kill_while_parts_are_joined_costs_the_joining_alone(
         raise KeyboardInterrupt
 
     target: Any = {
-        "before the manifest": (shards, "_join"),
+        "before the manifest": (token_store, "_join"),
         "in the middle of an array": (np.memmap, "flush"),
-        "after the manifest": (shards.shutil, "rmtree"),
+        "after the manifest": (token_store.shutil, "rmtree"),
     }[moment]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(*target, die)
@@ -316,14 +316,14 @@ from pathlib import Path
 from distill.config import FormatConfig
 from distill.models import find_model, load_tokenizer
 from distill.runs import RunOptions
-from distill.students import shards
+from distill import token_store
 
 if __name__ == "__main__":
     rows, model, runs = map(Path, sys.argv[1:])
-    shards.PART_BYTES = 700
+    token_store.PART_BYTES = 700
     tokenizer = load_tokenizer(find_model(str(model)))
     options = RunOptions(runs=runs, threads=2, quiet=True)
-    shards.tokenize(rows, "examples", tokenizer, FormatConfig(max_tokens=512), [2], options, "examples")
+    token_store.tokenize(rows, "examples", tokenizer, FormatConfig(max_tokens=512), [2], options, "examples")
 """
 
 
@@ -365,7 +365,7 @@ def test_a_tokenization_in_several_processes_can_be_killed_outright_and_leaves_n
     finally:
         for left in processes_of(process.pid):
             os.kill(left, signal.SIGKILL)
-    monkeypatch.setattr(shards, "PART_BYTES", 700)
+    monkeypatch.setattr(token_store, "PART_BYTES", 700)
     folder = folder_of(runs)
     assert not (folder / "manifest.json").exists()
     finished = parts_of(folder)

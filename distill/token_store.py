@@ -16,21 +16,18 @@ import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from distill.config import FormatConfig, Replay, hashed_fields
+from distill.config import FormatConfig, hashed_fields
+from distill.documents import Arrays, Documents, Encoder, arrays_digest, check_counts, lay_end_to_end
 from distill.errors import DataError, FormatError
-from distill.format import NO_OFFSETS, Turn, parse_completion
+from distill.format import NO_OFFSETS, Turn
 from distill.progress import progress
 from distill.records import Example, Message, digest_json, write_json
-from distill.rows import Row, read_hub, read_rows
 from distill.runs import PARTIAL, DigestCache, RunOptions, locked
-
-from .data import Arrays, Documents, Encoder, arrays_digest, check_counts, lay_end_to_end
 
 VERSION = 1
 """Bumped when the same rows would give other documents."""
@@ -212,6 +209,11 @@ def _own_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
+def turns_of(plain: Iterable[Any]) -> list[Turn]:
+    """The turns of one line of chats."""
+    return [Turn([Message(**m) for m in messages], reasoning, answer) for messages, reasoning, answer in plain]
+
+
 def _lines(work: Work) -> Iterator[bytes]:
     with work.rows.open("rb") as file:
         file.seek(work.start)
@@ -249,75 +251,3 @@ def _open(folder: Path, config: FormatConfig, label: str) -> Documents:
         raise DataError(f"{folder}: cannot be read; delete the folder and run again ({error})") from error
     check_counts(document["counts"], config, label)
     return Documents.over([arrays], document["digest"], document["counts"])
-
-
-# --- replay sets ----------------------------------------------------------------------------------------------------
-
-
-def write_chats(replay: Replay, config: FormatConfig, path: Path) -> int:
-    """Write a replay set's supervised turns as JSON Lines that `tokenize` takes; returns the number of chats.
-
-    Raises DataError naming the row that is no chat.
-    """
-    part = path.with_name(path.name + ".part")
-    count = 0
-    with part.open("w", encoding="utf-8") as out:
-        for row in islice(_rows(replay), replay.limit):
-            turns = chat_turns(row, replay, config)
-            plain = [[[m.model_dump() for m in turn.messages], turn.reasoning, turn.answer] for turn in turns]
-            out.write(json.dumps(plain, ensure_ascii=False) + "\n")
-            count += 1
-    os.replace(part, path)
-    if not count:
-        raise DataError(f"replay set {replay.name!r} has no rows")
-    return count
-
-
-def turns_of(plain: Iterable[Any]) -> list[Turn]:
-    """The turns of one line that `write_chats` wrote."""
-    return [Turn([Message(**m) for m in messages], reasoning, answer) for messages, reasoning, answer in plain]
-
-
-def chat_turns(row: Row, replay: Replay, config: FormatConfig) -> list[Turn]:
-    """The assistant turns of one row, each with the messages before it."""
-    messages = _messages(row, replay)
-    turns = []
-    for place, message in enumerate(messages):
-        if message.role == "assistant":
-            if not message.content.strip():
-                raise DataError(f"{row.where}: an assistant's turn is empty; leave such rows out")
-            parsed = parse_completion(message.content, config.open_marker, config.close_marker)
-            turns.append(Turn(messages[:place], parsed.reasoning, parsed.answer))
-    if not turns or not any(message.role == "user" for message in turns[0].messages):
-        raise DataError(f"{row.where}: a chat takes a user's message and an assistant's answer after it")
-    return turns
-
-
-def _messages(row: Row, replay: Replay) -> list[Message]:
-    values = row.values
-    wanted = [replay.prompt_column, replay.response_column] if replay.prompt_column else [replay.messages_column]
-    if missing := [name for name in wanted if name not in values]:
-        has = ", ".join(values)
-        raise DataError(f"{row.where}: no column {missing[0]!r} for replay set {replay.name!r}; it has {has}")
-    if replay.prompt_column:
-        if empty := [name for name in wanted if values[name] is None]:
-            raise DataError(f"{row.where}: no text in column {empty[0]!r}; leave such rows out")
-        user, assistant = (str(values[name]) for name in wanted if name)
-        return [Message(role="user", content=user), Message(role="assistant", content=assistant)]
-    given = values[replay.messages_column]
-    try:
-        given = json.loads(given) if isinstance(given, str) else given
-        return [Message(role=one["role"], content=one["content"]) for one in given]
-    except (TypeError, KeyError, ValueError) as error:
-        raise DataError(
-            f"{row.where}: {replay.messages_column} is not a list of {{role: system|user|assistant, content: text}}"
-        ) from error
-
-
-def _rows(replay: Replay) -> Iterator[Row]:
-    return read_rows(replay.file) if replay.file else read_hub(_hub(replay))
-
-
-def _hub(replay: Replay) -> Any:
-    assert replay.hub is not None  # the recipe's own validation
-    return replay.hub

@@ -1,0 +1,253 @@
+"""Where a pass's targets come from: a cache that the score stage has made, or teachers in memory beside the student.
+
+A `Tutor` gives the targets of a pack. The cached one finds each document by its ids, so shuffling, packing and a resume
+cannot give a document another one's rows; the one in memory reads the very cells that the student reads.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.attention import final_hidden
+from distill.config import KdPhase, Logprobs, OnPolicyPhase
+from distill.documents import Array, Documents
+from distill.engines.transformers import end_ids
+from distill.errors import DataError, ModelError
+from distill.format import PROMPT
+from distill.logprobs import SPANS, Facts, LogprobCache, Rows, joined_rows, open_cache, require_fit
+from distill.models import find_model, load_model, load_tokenizer
+from distill.token_store import tokenizer_digest
+from distill.vocabularies import shared_vocabulary
+
+from .distillation import CutHead, Drawn, DrawnBy, Head, InMemory, Known, Masked, Targets, Together
+from .hidden import HiddenMatch, attach, captured_by
+from .objective import Lesson, PackTensors, as_attended
+from .packing import Pack
+
+TORCH_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+class Tutor(Protocol):
+    """Gives what the teachers say about a pack."""
+
+    def lesson(self, documents: Documents, pack: Pack, tensors: PackTensors) -> Lesson:
+        """What is known of the pack's supervised rows, on the student's device."""
+
+
+# --- from a cache ---------------------------------------------------------------------------------------------------
+
+
+class CachedTargets(NamedTuple):
+    """Rows of a cache for the supervised rows of a pack; either part may be empty."""
+
+    vocabulary: int
+    tail: str
+    head_ids_NK: Tensor
+    head_log_p_NK: Tensor
+    tail_log_p_N: Tensor
+    offsets: Array
+    """Where each row's single tokens begin (and the last one's end)."""
+    row_E: Tensor
+    id_E: Tensor
+    share_E: Tensor
+    seen_N: Tensor
+
+    def chunk(self, start: int, end: int) -> "CachedTargets":
+        """See `Targets`."""
+        first, last = int(self.offsets[start]), int(self.offsets[end])
+        rows, entries = slice(start, end), slice(first, last)
+        return self._replace(
+            head_ids_NK=self.head_ids_NK[rows],
+            head_log_p_NK=self.head_log_p_NK[rows],
+            tail_log_p_N=self.tail_log_p_N[rows],
+            offsets=self.offsets[start : end + 1] - first,
+            row_E=self.row_E[entries] - start,
+            id_E=self.id_E[entries],
+            share_E=self.share_E[entries],
+            seen_N=self.seen_N[rows],
+        )
+
+    def at(self, start: int, end: int) -> Known:
+        """See `Targets`."""
+        own = self.chunk(start, end)
+        known: Known
+        if len(self.id_E):
+            known = Drawn(own.row_E, own.id_E, own.share_E)
+        elif self.tail == "bucket":
+            known = Head(own.head_ids_NK, own.head_log_p_NK, own.tail_log_p_N)
+        else:
+            known = CutHead(own.head_ids_NK, own.head_log_p_NK, self.tail == "renormalised_biased")
+        return known if bool(own.seen_N.all()) else Masked(known, own.seen_N)
+
+
+class CachedTutor(NamedTuple):
+    """Looks documents up in the caches of one or several teachers."""
+
+    caches: Sequence[LogprobCache]
+    weights: Sequence[float]
+    tail: str = "bucket"
+
+    def lesson(self, documents: Documents, pack: Pack, tensors: PackTensors) -> Lesson:
+        """See `Tutor`."""
+        found: list[Targets] = [self._of(cache, documents, pack, tensors.ids_BT.device) for cache in self.caches]
+        return Lesson(found[0] if len(found) == 1 else Together(found, self.weights))
+
+    def _of(self, cache: LogprobCache, documents: Documents, pack: Pack, device: Any) -> CachedTargets:
+        rows = joined_rows(
+            [
+                cache.rows(documents.ids(index), int((documents.segments(index) != PROMPT).sum()))
+                for index in pack.documents
+            ]
+        )
+        return cached_targets(chosen_rows(rows, pack.places_N), cache, self.tail, device)
+
+
+def chosen_rows(rows: Rows, places_N: Array) -> Rows:
+    """Some of the rows, by ascending number."""
+    if len(places_N) == rows.number:
+        return rows
+    keep = np.zeros(rows.number, bool)
+    keep[places_N] = True
+    of_entries = np.repeat(keep, rows.sizes)
+    return Rows(
+        rows.head_ids[keep], rows.head_log_p[keep], rows.tail_log_p[keep], rows.sizes[keep],
+        rows.ids[of_entries], rows.counts[of_entries], rows.seen[keep],
+    )  # fmt: skip
+
+
+def cached_targets(rows: Rows, cache: LogprobCache, tail: str, device: Any) -> CachedTargets:
+    """Rows as tensors; drawn tokens as shares, of a hybrid's tail together with its head."""
+    facts = cache.facts
+    sizes, row_E, id_E = rows.sizes, np.repeat(np.arange(rows.number), rows.sizes), rows.ids
+    share_E = rows.counts.astype(np.float32) / max(1, facts.draws)
+    if facts.form == "hybrid":
+        share_E = share_E * np.exp(rows.tail_log_p)[row_E]
+        places = np.repeat(np.arange(rows.number), facts.k)
+        order = np.argsort(np.concatenate([places, row_E]), kind="stable")
+        row_E = np.concatenate([places, row_E])[order]
+        id_E = np.concatenate([rows.head_ids.reshape(-1), id_E])[order]
+        share_E = np.concatenate([np.exp(rows.head_log_p).reshape(-1), share_E])[order]
+        sizes = sizes + facts.k
+
+    def put(array: Array, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
+
+    return CachedTargets(
+        facts.vocabulary,
+        tail,
+        put(rows.head_ids, torch.int64),
+        put(rows.head_log_p, torch.float32),
+        put(rows.tail_log_p, torch.float32),
+        np.concatenate([[0], np.cumsum(sizes)]),
+        put(row_E, torch.int64),
+        put(id_E, torch.int64),
+        put(share_E, torch.float32),
+        put(rows.seen, torch.bool),
+    )
+
+
+# --- in memory ------------------------------------------------------------------------------------------------------
+
+
+class TutorInMemory(NamedTuple):
+    """Teachers beside the student, each reading every pass; their logits exist a chunk of rows at a time."""
+
+    models: Sequence[Any]
+    weights: Sequence[float]
+    vocabulary: int
+    """Tokens that mean the same to the student and to every teacher."""
+    temperature: float
+    drawn_only: bool = False
+    """Whether only the text's own tokens are looked at (`sampled_reverse_kl`)."""
+    match: HiddenMatch | None = None
+    """Which hidden states of the first teacher are learned too."""
+
+    @torch.no_grad()
+    def lesson(self, documents: Documents, pack: Pack, tensors: PackTensors) -> Lesson:
+        """See `Tutor`."""
+        found: list[Targets] = []
+        features: list[Tensor] = []
+        for model in self.models:
+            with captured_by(self.match if not found else None, model, teacher=True) as states:
+                hidden_NH = self._read(model, tensors)
+            features += [state_BTH.flatten(0, 1)[tensors.rows_N] for state_BTH in states]
+            own: Targets = InMemory(hidden_NH, model.get_output_embeddings().weight, self.vocabulary, self.temperature)
+            found.append(DrawnBy(own, tensors.targets_N) if self.drawn_only else own)
+        return Lesson(found[0] if len(found) == 1 else Together(found, self.weights), features)
+
+    def _read(self, model: Any, tensors: PackTensors) -> Tensor:
+        cells = as_attended(tensors, model.config._attn_implementation)
+        hidden = final_hidden(model, cells.ids_BT, cells.positions_BT, cells.bounds)
+        return hidden.flatten(0, 1)[tensors.rows_N]
+
+
+# --- opening them ---------------------------------------------------------------------------------------------------
+
+
+def cached_tutor(
+    folders: Mapping[str, Path], logprobs: Logprobs, phase: KdPhase, model: Any, tokenizer: Any
+) -> CachedTutor:
+    """A tutor over the caches of all teachers, by name.
+
+    Raises DataError for a cache that was made for another tokenizer, template, form or temperature.
+    """
+    rows = model.get_output_embeddings().weight.shape[0]
+    digest, shares = tokenizer_digest(tokenizer), logprobs.weights()
+    caches = {name: open_cache(folder) for name, folder in folders.items()}
+    for cache in caches.values():
+        wanted = Facts.of(logprobs, min(rows, cache.facts.vocabulary), digest)
+        if logprobs.alignment == "spans":  # how many tokens are spelled alike is the teacher's
+            wanted = wanted._replace(alignment=SPANS, k=cache.facts.k)
+        require_fit(cache.facts, wanted, cache.folder)
+    return CachedTutor(list(caches.values()), [shares[name] for name in caches], phase.tail)
+
+
+def tutor_in_memory(
+    logprobs: Logprobs, phase: KdPhase, model: Any, tokenizer: Any, documents: Documents, attention: str
+) -> TutorInMemory:
+    """A tutor over models that are loaded beside the student.
+
+    Raises ModelError for a teacher with another tokenizer or (on-policy) other end tokens, DataError for documents with
+    tokens that a teacher does not know.
+    """
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    shares, models = logprobs.weights(), []
+    for teacher in logprobs.teachers:
+        source = find_model(teacher.model, teacher.revision)
+        vocabulary = min(vocabulary, shared_vocabulary(tokenizer, load_tokenizer(source), teacher.name))
+        own = load_model(source, TORCH_NAMES[teacher.precision], str(model.device), attention)
+        if isinstance(phase, OnPolicyPhase):
+            require_equal_ends(own, tokenizer, teacher.name)
+        vocabulary = min(vocabulary, own.get_output_embeddings().weight.shape[0])
+        models.append(own.requires_grad_(False))
+    require_known(documents, vocabulary)
+    drawn_only = isinstance(phase, OnPolicyPhase) and phase.divergence == "sampled_reverse_kl"
+    match = attach(phase.hidden, model, models[0]) if phase.hidden else None
+    return TutorInMemory(models, [*shares.values()], vocabulary, phase.temperature, drawn_only, match)
+
+
+def require_equal_ends(teacher: Any, tokenizer: Any, name: str) -> None:
+    """Refuse, for on-policy training, a teacher that ends its answers with another token than the student.
+
+    It would call every end that the student writes a mistake. Raises ModelError.
+    """
+    ends = end_ids(teacher)
+    if tokenizer.eos_token_id not in ends:
+        raise ModelError(
+            f"logprobs.teachers.{name} ends its answers with {ends}, the student with {tokenizer.eos_token_id};"
+            " on-policy training takes equal end tokens: choose the teacher's instruct or base twin that has them"
+        )
+
+
+def require_known(documents: Documents, vocabulary: int) -> None:
+    """Refuse documents with tokens that not every teacher knows."""
+    highest = max((int(arrays.ids_T.max()) for arrays in documents.parts if len(arrays.ids_T)), default=0)
+    if highest >= vocabulary:
+        raise DataError(
+            f"documents have token {highest}, but only the first {vocabulary:,} tokens mean the same to student and"
+            " teachers; take teachers of the student's family, without student.new_tokens"
+        )

@@ -1,0 +1,141 @@
+"""Scoring by a teacher with another tokenizer: what it says where both tokenizers begin a token at the same character.
+
+Student and teacher read the same conversation, each in its own template and tokens. At a character of the answer where
+a token of either begins, both are asked the same question: how does the text go on? There the teacher's distribution is
+carried over to the tokens that both vocabularies spell alike; all its other mass goes into the tail, and the loss is
+the divergence of that partition. Elsewhere, inside a token of one of them, nothing is compared. (Boizard et al. 2024,
+ULD, compare sorted probabilities at every position instead; GOLD, Patiño et al. 2025, merges tokens of one text span.)
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from distill.config import FormatConfig, Logprobs, Recipe, TeacherModel
+from distill.documents import Array, Documents
+from distill.errors import DataError
+from distill.format import encode_document, render_completion, render_prompt, set_template
+from distill.logprobs import SPANS, Facts, Rows, document_key, empty_rows, joined_rows
+from distill.models import find_model, load_tokenizer
+from distill.progress import say
+from distill.records import Example, read_records
+from distill.runs import RunOptions
+from distill.vocabularies import names_in
+
+from .distributions import kept
+from .score import Scorer, load_teacher, log_probabilities, read_packed, supervised
+
+
+class Reading(NamedTuple):
+    """A document in the teacher's tokens, and which rows of the student's it can speak about."""
+
+    ids: Array
+    places: Array
+    """Positions of the teacher's tokens that begin where one of the student's does."""
+    rows: Array
+    """The student's row for each of these."""
+
+
+def spans_scorer(
+    recipe: Recipe,
+    teacher: TeacherModel,
+    tokenizer: Any,
+    digest: str,
+    documents: Documents,
+    examples: Path,
+    options: RunOptions,
+) -> tuple[Facts, Scorer, dict[str, Any]]:
+    """Scores documents whose tokens are another tokenizer's; also says what share of the rows it covers.
+
+    Raises DataError where that is below `logprobs.min_coverage`.
+    """
+    logprobs = recipe.logprobs
+    assert logprobs is not None  # the plan has no score step without it
+    theirs = load_tokenizer(find_model(teacher.model, teacher.revision))
+    set_template(theirs, recipe.format)
+    readings = dict(read(examples, tokenizer, theirs, recipe.format))
+    rows = [len(supervised(documents, index)) for index in range(len(documents))]
+    aligned = sum(len(readings[document_key(documents.ids(index))].rows) for index in range(len(documents)))
+    coverage = aligned / max(1, sum(rows))
+    if coverage < logprobs.min_coverage:
+        raise DataError(
+            f"logprobs.teachers.{teacher.name}: {coverage:.0%} of the supervised tokens begin where one of the"
+            f" teacher's does (min_coverage is {logprobs.min_coverage:.0%}); take a teacher whose tokenizer is closer,"
+            " or lower it"
+        )
+    model = load_teacher(teacher, options)
+    names = torch.from_numpy(names_in(tokenizer, theirs, model.get_output_embeddings().weight.shape[0]))
+    shared = int((names >= 0).sum())
+    say(f"score {teacher.name}: {coverage:.1%} of the rows aligned, {shared:,} tokens spelled alike")
+    facts = Facts.of(logprobs, len(tokenizer), digest)._replace(alignment=SPANS, k=min(logprobs.k, shared))
+    scorer = SpansScorer(model, documents, readings, names.to(model.device), facts, logprobs)
+    return facts, scorer, {"coverage": round(coverage, 4), "tokens_alike": shared}
+
+
+@dataclass(frozen=True)
+class SpansScorer:
+    """A teacher in memory that reads every document in its own tokens."""
+
+    model: Any
+    documents: Documents
+    readings: dict[bytes, Reading]
+    names_V: torch.Tensor
+    facts: Facts
+    logprobs: Logprobs
+
+    def __call__(self, chosen: Sequence[int]) -> Iterator[tuple[int, Rows]]:
+        """See `Scorer`."""
+        for index in chosen:
+            with torch.no_grad():
+                rows = self._scored(index)
+            yield index, rows
+
+    def _scored(self, index: int) -> Rows:
+        head_VH = self.model.get_output_embeddings().weight
+        reading = self.readings[document_key(self.documents.ids(index))]
+        hidden_TH, _ = read_packed(self.model, [reading.ids])
+        places = torch.from_numpy(reading.places - 1).to(hidden_TH.device)
+        parts = [empty_rows(0, self.facts.k)]
+        for _, log_p in log_probabilities(hidden_TH[places], head_VH, self.facts.temperature):
+            parts.append(kept(log_p, None, self.facts, self.names_V))
+        return spread(joined_rows(parts), reading.rows, len(supervised(self.documents, index)))
+
+
+def spread(rows: Rows, places: Array, count: int) -> Rows:
+    """The rows at their places among `count`; the others are not seen, and say that all mass is in the tail."""
+    whole = empty_rows(count, rows.head_ids.shape[1])
+    whole.head_log_p[:] = -30.0
+    whole.seen[:] = False
+    whole.head_ids[places] = rows.head_ids
+    whole.head_log_p[places] = rows.head_log_p
+    whole.tail_log_p[places] = rows.tail_log_p
+    whole.seen[places] = True
+    return whole
+
+
+def read(examples: Path, own: Any, theirs: Any, config: FormatConfig) -> Iterator[tuple[bytes, Reading]]:
+    """Every example in both tokenizers' tokens, by the key of the student's document."""
+    for example in read_records(examples, Example):
+        given = (example.prompt.messages, example.reasoning, example.answer, config)
+        mine, other = (encode_document(tokenizer, *given) for tokenizer in (own, theirs))
+        starts = [from_end(tokenizer, example, config) for tokenizer in (own, theirs)]
+        at = {place: number for number, place in enumerate(starts[1])}
+        pairs = [(row, at[place]) for row, place in enumerate(starts[0]) if place in at]
+        rows, numbers = (np.array(values, np.int64) for values in (zip(*pairs) if pairs else ((), ())))
+        first = len(other.ids) - len(starts[1])
+        yield document_key(mine.ids), Reading(np.array(other.ids, np.int32), first + numbers, rows)
+
+
+def from_end(tokenizer: Any, example: Example, config: FormatConfig) -> list[int]:
+    """How many characters before the end of the answer each supervised token begins; the end token at 0.
+
+    Counted from the end, since a template may hold the opening marker and so shorten the beginning.
+    """
+    prompt = render_prompt(tokenizer, example.prompt.messages, config)
+    text = render_completion(example.reasoning, example.answer, prompt, config)
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [*(len(text) - start for start, _ in offsets), 0]

@@ -1,0 +1,251 @@
+"""Logit and on-policy distillation as a user runs it: recipes with teachers, caches that fit and caches that do not."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import distill
+from distill.errors import DataError, DistillError, ModelError, RecipeError, TrainingError
+from distill.logprobs import LogprobCache
+from distill.models import find_model, load_model
+
+Cli = Callable[..., Any]
+TinyModel = Callable[..., Path]
+NewModel = Callable[..., Path]
+WriteRecipe = Callable[..., Path]
+
+PHASE = {
+    "kind": "kd", "lr": 5e-3, "epochs": 2, "step_tokens": 256, "micro_batch_tokens": 256, "checkpoint_every_steps": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory, new_model: NewModel) -> Path:
+    """Another model with the students' tokenizer."""
+    folder = new_model(tmp_path_factory.mktemp("teacher"), "llama", seed=5, num_hidden_layers=3)
+    model = load_model(find_model(str(folder)))
+    with torch.no_grad():  # as it was drawn it says nothing: all tokens are equally likely
+        model.get_input_embeddings().weight.mul_(12)
+    model.save_pretrained(folder)
+    return folder
+
+
+def sections(student: Path, teacher: Path, *phases: dict[str, Any], **logprobs: Any) -> dict[str, Any]:
+    """Sums from the built-in teacher, a tiny student, and a model whose distribution it learns."""
+    task = {
+        "task": "basic_arithmetic", "size": 40, "seed": 3,
+        "params": {"operators": ["+"], "max_terms": 2, "allow_parentheses": False, "allow_negation": False},
+    }  # fmt: skip
+    own = {"teachers": [{"name": "big", "model": str(teacher), "precision": "fp32"}], "k": 8, "draws": 20}
+    return {
+        "name": "distilled",
+        "prompts": [{"name": "sums", "reasoning_gym": task, "heldout": 6}],
+        "teacher": {"engine": "solver"},
+        "format": {"max_tokens": 256},
+        "logprobs": own | logprobs,
+        "student": {"init": str(student), "precision": "fp32", "phases": [PHASE | p for p in phases or ({},)]},
+    }
+
+
+def metrics(outcome: Any, label: str = "train:0") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in outcome.results[label].path("metrics.jsonl").read_text().splitlines()]
+
+
+def weights(outcome: Any, label: str = "train:0") -> dict[str, Any]:
+    folder = outcome.results[label].path("model")
+    return dict(load_model(find_model(str(folder))).state_dict())
+
+
+@pytest.mark.parametrize("form", ["topk", "sampled", "hybrid"])
+def test_a_student_learns_from_a_cache_of_every_form(
+    form: str, tiny_model: TinyModel, teacher: Path, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe = write_recipe(**sections(tiny_model("llama"), teacher, {"lr": 2e-2, "epochs": 4}, form=form))
+    outcome = distill.run(recipe, runs=tmp_path / "runs", threads=1, quiet=True)
+    assert "score:big" in outcome.executed
+    cache = LogprobCache(outcome.results["score:big"].folder)
+    cache.check_bytes()
+    assert len(cache) == outcome.results["score:big"].counts["documents"] == 33
+    assert cache.manifest["teacher"]["name"] == "big" and cache.facts.form == form
+    losses = [row["loss"] for row in metrics(outcome)]
+    assert 0 < losses[-1] < 0.9 * losses[0]
+
+
+def test_a_teacher_in_memory_gives_what_a_whole_cache_gives(
+    tiny_model: TinyModel, teacher: Path, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    """With all tokens in the head the cache is the distribution itself, but for fp16."""
+    runs = tmp_path / "runs"
+    phases = [{"teacher": "cache"}, {"teacher": "memory"}]
+    found = []
+    for phase in phases:
+        made = sections(tiny_model("llama"), teacher, phase | {"batching": "bucketed"}, form="topk", k=512)
+        recipe = write_recipe(**made)
+        found.append(distill.run(recipe, runs=runs, threads=1, quiet=True))
+    ours, theirs = (metrics(outcome) for outcome in found)
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-3)
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=0.02)
+    assert "score:big" not in found[1].plan.steps
+
+
+@pytest.mark.parametrize("form", ["topk", "sampled"])
+def test_a_model_that_learns_from_itself_has_nothing_to_learn(
+    form: str, tiny_model: TinyModel, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    itself = tiny_model("llama")
+    recipe = write_recipe(**sections(itself, itself, {"max_steps": 1}, form=form, k=512, draws=50))
+    outcome = distill.run(recipe, runs=tmp_path / "runs", threads=1, quiet=True)
+    row = metrics(outcome)[0]
+    if form == "topk":
+        assert abs(row["loss"]) < 1e-4 and row["grad_norm"] < 1e-3
+    else:
+        assert row["loss"] > 1, "the entropy of the teacher"
+
+
+def test_a_killed_scoring_goes_on_and_gives_the_same_cache(
+    tiny_model: TinyModel, teacher: Path, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distill.teachers import score
+
+    monkeypatch.setattr(score, "SHARD_ROWS", 400)
+    recipe = write_recipe(**sections(tiny_model("llama"), teacher))
+    whole = distill.score(recipe, runs=tmp_path / "whole", threads=1, quiet=True).results["score:big"]
+    written: list[Path] = []
+    write = score.write_shard
+
+    def cut_off(path: Path, *rest: Any) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, *rest)
+
+    monkeypatch.setattr(score, "write_shard", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        distill.score(recipe, runs=tmp_path / "cut", threads=1, quiet=True)
+    before = {path: path.stat().st_mtime_ns for path in written}
+    monkeypatch.setattr(score, "write_shard", write)
+    resumed = distill.score(recipe, runs=tmp_path / "cut", threads=1, quiet=True).results["score:big"]
+    assert resumed.digest == whole.digest and len(before) == 2
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items()), "these were not scored again"
+
+
+def test_two_teachers_are_scored_apart_and_mixed_by_weight(
+    tiny_model: TinyModel, teacher: Path, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    both = [
+        {"name": "big", "model": str(teacher), "precision": "fp32", "weight": 3},
+        {"name": "twin", "model": str(tiny_model("llama")), "precision": "fp32"},
+    ]
+    made = sections(tiny_model("llama"), teacher, {"max_steps": 1}, teachers=both, form="topk", k=512)
+    outcome = distill.run(write_recipe(**made), runs=tmp_path / "runs", threads=1, quiet=True)
+    assert {"score:big", "score:twin"} <= set(outcome.executed)
+    alone = sections(tiny_model("llama"), teacher, {"max_steps": 1}, form="topk", k=512)
+    single = distill.run(write_recipe(**alone), runs=tmp_path / "runs", threads=1, quiet=True)
+    assert "score:big" not in single.executed, "the same teacher's cache is used again, whatever its weight"
+    # the twin is the student itself, from which nothing is to be learned
+    assert metrics(outcome)[0]["loss"] == pytest.approx(0.75 * metrics(single)[0]["loss"], rel=1e-3)
+
+
+def test_a_cache_that_does_not_fit_is_refused_with_the_reason(
+    tiny_model: TinyModel, teacher: Path, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    made = sections(tiny_model("llama"), teacher)
+    outcome = distill.score(write_recipe(**made), runs=runs, threads=1, quiet=True)
+    manifest = outcome.results["score:big"].path("manifest.json")
+    stage = outcome.results["score:big"].path("stage.json")
+    for name, value, reason in (
+        ("temperature", 2.0, "temperature is 2.0, needed is 1.0"),
+        ("tokenizer", "0" * 64, "another tokenizer or chat template"),
+        ("alignment", "row i: something else", "alignment"),
+    ):
+        before = manifest.read_text()
+        changed = json.loads(before) | {name: value}
+        manifest.write_text(json.dumps(changed))
+        sealed = json.loads(stage.read_text())
+        from distill.runs import file_digest
+
+        sealed["files"]["manifest.json"]["sha256"] = file_digest(manifest)
+        held = stage.read_text()
+        stage.write_text(json.dumps(sealed))
+        from distill.logprobs import open_cache
+
+        open_cache.cache_clear()
+        with pytest.raises(DataError, match=reason):
+            distill.run(write_recipe(**made), "train", runs=runs, threads=1, quiet=True)
+        manifest.write_text(before)
+        stage.write_text(held)
+    open_cache.cache_clear()
+    distill.run(write_recipe(**made), "train", runs=runs, threads=1, quiet=True)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "sampled_reverse_kl", "jsd"])
+def test_a_student_learns_on_what_it_writes_itself(
+    divergence: str, tiny_model: TinyModel, teacher: Path, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    phase = {
+        "kind": "on_policy", "divergence": divergence, "max_new_tokens": 12, "min_stop_rate": 0, "max_steps": 4,
+        "on_policy_fraction": 0.5, "batch_size": 3, "checkpoint_every_steps": 2,
+    }  # fmt: skip
+    recipe = write_recipe(**sections(tiny_model("llama"), teacher, phase))
+    outcome = distill.run(recipe, runs=tmp_path / "runs", threads=1, quiet=True)
+    again = distill.run(recipe, runs=tmp_path / "again", threads=1, quiet=True)
+    assert outcome.results["train:0"].digest == again.results["train:0"].digest
+    assert len(metrics(outcome)) == 4
+
+
+def test_a_student_that_does_not_stop_is_sent_back_to_supervised_training(
+    tiny_model: TinyModel, teacher: Path, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    phase = {"kind": "on_policy", "max_new_tokens": 4, "guard_window": 2}
+    recipe = write_recipe(**sections(tiny_model("llama"), teacher, phase))
+    with pytest.raises(TrainingError, match="needs an sft phase"):
+        distill.run(recipe, runs=tmp_path / "runs", threads=1, quiet=True)
+
+
+def test_teachers_of_another_family_and_unequal_ends_are_refused(
+    tiny_model: TinyModel, new_model: NewModel, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    other = new_model(tmp_path / "other", "llama", tokens=400)
+    made = sections(tiny_model("llama"), other)
+    with pytest.raises(ModelError, match=r"not the student's.*alignment: spans"):
+        distill.run(write_recipe(**made), runs=tmp_path / "runs", threads=1, quiet=True)
+    assert not list((tmp_path / "runs").glob("score/*/*.safetensors"))
+    ends = new_model(tmp_path / "ends", "llama", eos_token_id=5)
+    made = sections(tiny_model("llama"), ends, {"kind": "on_policy", "max_new_tokens": 4})
+    with pytest.raises(ModelError, match="equal end tokens"):
+        distill.run(write_recipe(**made), runs=tmp_path / "runs", threads=1, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("phase", "logprobs", "reason"),
+    [
+        ({"temperature": 2}, {}, "a cache serves the temperature that it was made at"),
+        ({"divergence": "jsd"}, {"form": "sampled"}, "give forward_kl only"),
+        ({"label_smoothing": 0.1}, {}, "belong to sft phases"),
+        ({"hidden": {}}, {}, "set teacher: memory"),
+        ({}, {"form": "sampled", "alignment": "spans"}, "set form: topk"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_go_together_are_refused_before_any_work(
+    phase: dict[str, Any], logprobs: dict[str, Any], reason: str, tiny_model: TinyModel, teacher: Path,
+    write_recipe: WriteRecipe, tmp_path: Path
+) -> None:  # fmt: skip
+    recipe = write_recipe(**sections(tiny_model("llama"), teacher, phase, **logprobs))
+    with pytest.raises(RecipeError, match=reason):
+        distill.run(recipe, runs=tmp_path / "runs", threads=1, quiet=True)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_phase_that_learns_distributions_takes_teachers(
+    tiny_model: TinyModel, teacher: Path, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    made = sections(tiny_model("llama"), teacher)
+    del made["logprobs"]
+    with pytest.raises(DistillError, match="add a logprobs section"):
+        distill.run(write_recipe(**made), runs=tmp_path / "runs", threads=1, quiet=True)
