@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -249,3 +250,52 @@ def test_a_phase_that_learns_distributions_takes_teachers(
     del made["logprobs"]
     with pytest.raises(DistillError, match="add a logprobs section"):
         distill.run(write_recipe(**made), runs=tmp_path / "runs", threads=1, quiet=True)
+
+
+def test_hidden_states_of_a_teacher_can_be_learned_and_leave_no_trace(
+    tiny_model: TinyModel, teacher: Path, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    phase = {"teacher": "memory", "hidden": {"attention": 0.5, "weight": 2.0}, "epochs": 6}
+    recipe = write_recipe(**sections(tiny_model("llama"), teacher, phase))
+    outcome = distill.run(recipe, runs=tmp_path / "runs", threads=1, quiet=True)
+    plain = sections(tiny_model("llama"), teacher, {"teacher": "memory", "epochs": 6})
+    other = distill.run(write_recipe(**plain), runs=tmp_path / "runs", threads=1, quiet=True)
+    losses = [row["loss"] for row in metrics(outcome)]
+    assert losses[-1] < losses[0] and losses[0] > metrics(other)[0]["loss"]
+    assert not any("hidden_match" in name for name in weights(outcome))
+    assert not torch.equal(weights(outcome)["model.norm.weight"], weights(other)["model.norm.weight"])
+
+
+def test_a_teacher_with_another_tokenizer_is_aligned_by_characters(
+    new_model: NewModel, teacher: Path, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    student = new_model(tmp_path / "student", "qwen2", seed=2, tokens=400)
+    made = sections(student, teacher, {"ce_weight": 0.2}, form="topk", alignment="spans")
+    outcome = distill.run(write_recipe(**made), runs=tmp_path / "runs", threads=1, quiet=True)
+    counts = outcome.results["score:big"].counts
+    cache = LogprobCache(outcome.results["score:big"].folder)
+    assert 0.5 < counts["coverage"] < 1 and 300 < counts["tokens_alike"] <= 400
+    assert cache.manifest["coverage"] == counts["coverage"]
+    assert metrics(outcome)[-1]["loss"] < metrics(outcome)[0]["loss"]
+    made = sections(student, teacher, form="topk", alignment="spans", min_coverage=0.999)
+    with pytest.raises(DataError, match=r"min_coverage is 100%"):
+        distill.run(write_recipe(**made), runs=tmp_path / "runs", threads=1, quiet=True)
+
+
+def test_spans_of_the_same_tokenizer_are_the_plain_cache(
+    tiny_model: TinyModel, teacher: Path, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    """Every position is covered, and every token but the special ones is spelled alike."""
+    found = []
+    for alignment in ("same_tokenizer", "spans"):
+        made = sections(tiny_model("llama"), teacher, form="topk", alignment=alignment)
+        outcome = distill.score(write_recipe(**made), runs=tmp_path / "runs", threads=1, quiet=True)
+        found.append(LogprobCache(outcome.results["score:big"].folder))
+    plain, spans = found
+    assert spans.manifest["coverage"] == 1 and len(plain) == len(spans)
+    from safetensors.numpy import load_file
+
+    one, two = (load_file(cache.folder / "shard-00000.safetensors") for cache in found)
+    assert np.array_equal(one["keys"], two["keys"]) and np.array_equal(one["row_bounds"], two["row_bounds"])
+    same = (one["head_ids"] == two["head_ids"]).all(axis=(1, 2)).mean()
+    assert same > 0.9, "but for rows where a special token is among the likeliest"
