@@ -216,3 +216,55 @@ def test_unknown_tokens_and_ends_are_refused(make_documents: MakeDocuments) -> N
     teacher = type("Teacher", (), {"generation_config": config, "config": config})
     with pytest.raises(ModelError, match=r"ends its answers with \[7\], the student with 2"):
         require_equal_ends(teacher, type("Tokenizer", (), {"eos_token_id": 2}), "big")
+
+
+# --- resume ---------------------------------------------------------------------------------------------------------
+
+
+def made_trainer(kind: str, live: Live, documents: Documents, work: Path) -> Trainer:
+    """A trainer of each kind of distillation, always the same."""
+    work.mkdir(exist_ok=True)
+    student, teacher = live(), live(seed=3)
+    common = {"lr": 1e-3, "step_tokens": 64, "micro_batch_tokens": 32, "epochs": 2, "checkpoint_every_steps": 1}
+    match = None
+    if kind == "on_policy":
+        phase: KdPhase = OnPolicyPhase(
+            kind="on_policy", max_new_tokens=5, batch_size=2, min_stop_rate=0, on_policy_fraction=0.5, **common
+        )
+        rollouts = Rollouts(phase, 0, Guard.of(phase))  # type: ignore[arg-type]
+    else:
+        given = {"taid": {"divergence": "taid"}, "hidden": {"hidden": {"weight": 0.5}}}[kind]
+        phase, rollouts = KdPhase(kind="kd", teacher="memory", **common, **given), None  # type: ignore[arg-type]
+    if phase.hidden:
+        from distill.students.hidden import attach
+
+        match = attach(phase.hidden, student, teacher)
+    tutor = TutorInMemory([teacher], [1.0], VOCABULARY, 1.0, match=match)
+    return Trainer(student, documents, phase, "fp32", work, tutor=tutor, rollouts=rollouts)
+
+
+@pytest.mark.parametrize("kind", ["on_policy", "taid", "hidden"])
+def test_a_stopped_distillation_goes_on_bit_for_bit(
+    kind: str, live: Live, make_documents: MakeDocuments, tmp_path: Path
+) -> None:
+    documents = make_documents([20, 15, 18, 12, 9, 16], [6, 4, 5, 3, 2, 6])
+    whole = made_trainer(kind, live, documents, tmp_path / "whole")
+    losses = [report.loss for report in whole.run(Stop())]  # type: ignore[union-attr]
+    part = made_trainer(kind, live, documents, tmp_path / "part")
+    steps = part.run(Stop())
+    first = [next(steps).loss for _ in range(2)]  # type: ignore[union-attr]
+    steps.close()
+    rest = made_trainer(kind, live, documents, tmp_path / "part")
+    assert 0 < rest.resumed_from < len(rest.plan)
+    second = [report.loss for report in rest.run(Stop())]  # type: ignore[union-attr]
+    assert first[: rest.resumed_from] + second == losses
+    ours, theirs = (dict(one.model.state_dict()) for one in (rest, whole))
+    assert ours.keys() == theirs.keys() and not any("hidden_match" in name for name in ours)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_target_of_taid_moves_from_the_student_to_the_teacher() -> None:
+    phase = kd(divergence="taid", taid_start=0.2)
+    log_p, log_q = torch.randn(1, 9).log_softmax(-1), torch.randn(1, 9).log_softmax(-1)
+    at = [float(mix_of(phase, done).measure(log_p, log_q).value_N[0]) for done in (0.0, 0.5, 1.0)]
+    assert at[0] < at[1] < at[2] == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum()), rel=1e-5)
