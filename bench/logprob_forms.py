@@ -3,15 +3,15 @@
     python bench/logprob_forms.py [--check] [--model NAME_OR_PATH ...] [--documents 40] [--data TRACES]
 
 Real R1-Distill-32B traces, scored by each model (its vocabulary counts). Bytes are those of every file of a cache over
-its rows. Quality is that of the gradient of forward KL by the student's logits, g = q - p, against the dense one, over all
-sampled rows together:
+its rows. Quality is that of the gradient of forward KL by the student's logits, g = q - p, against the dense one, over
+all sampled rows together:
 
     bias    ||E g - g_dense|| / ||g_dense||           noise    sqrt(E ||g - E g||**2) / ||g_dense||
 
 The student is the same model without every fourth layer. DistillKit's two published settings stand beside ours: some
-log-probabilities in bf16, the rest of its k as a fitted curve over their rank (terms in fp32, least squares), bit-packed
-ids, and no mass outside (`missing_probability_handling: zero`); written anew here from its documentation. Prints a table,
-writes build/bench/logprob_forms.json; `--check` exits 1 when a bar is missed.
+log-probabilities in bf16, the rest of its k as a fitted curve over their rank (terms in fp32, least squares), ids packed
+in bits, and no mass outside (`missing_probability_handling: zero`); written anew here from its documentation. Prints a
+table, writes build/bench/logprob_forms.json; `--check` exits 1 when a bar is missed.
 """
 
 import argparse
