@@ -9,9 +9,9 @@ all sampled rows together:
     bias    ||E g - g_dense|| / ||g_dense||           noise    sqrt(E ||g - E g||**2) / ||g_dense||
 
 The student is the same model without every fourth layer. DistillKit's two published settings stand beside ours: some
-log-probabilities in bf16, the rest of its k as a fitted curve over their rank (terms in fp32, least squares), ids packed
-in bits, and no mass outside (`missing_probability_handling: zero`); written anew here from its documentation. Prints a
-table, writes build/bench/logprob_forms.json; `--check` exits 1 when a bar is missed.
+log-probabilities in bf16, the rest of its k as a fitted curve over their rank (terms in fp32, least squares), ids
+packed in bits, and no mass outside (`missing_probability_handling: zero`); made anew here from its documentation. Prints
+a table, writes build/bench/logprob_forms.json; `--check` exits 1 when a bar is missed.
 """
 
 import argparse
