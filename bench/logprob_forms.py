@@ -10,8 +10,8 @@ all sampled rows together:
 
 The student is the same model without every fourth layer. DistillKit's two published settings stand beside ours: some
 log-probabilities in bf16, the rest of its k as a fitted curve over their rank (terms in fp32, least squares), ids
-packed in bits, and no mass outside (`missing_probability_handling: zero`); made anew here from its documentation. Prints
-a table, writes build/bench/logprob_forms.json; `--check` exits 1 when a bar is missed.
+packed in bits, and no mass outside (`missing_probability_handling: zero`); made anew here from its documentation. A
+table is printed, build/bench/logprob_forms.json written; `--check` exits 1 when a bar is missed.
 """
 
 import argparse
