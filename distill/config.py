@@ -663,6 +663,8 @@ class TeacherModel(Section):
     """Who computes a cache: `transformers` exactly and in every form, `vllm` top-k only."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of its matrix products; probabilities are always fp32."""
+    licence: str | None = unhashed(None)
+    """Licence of the model, carried into the student's card."""
     weight: float = Field(default=1.0, gt=0)
     """Share in the loss where there are several; the shares are scaled to 1."""
 

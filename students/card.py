@@ -28,7 +28,17 @@ from distill.cards import (
     text,
     without_folders,
 )
-from distill.config import HubSource, PromptSource, Recipe, Replay, StudentConfig, TeacherConfig, is_hashed
+from distill.config import (
+    HubSource,
+    KdPhase,
+    PromptSource,
+    Recipe,
+    Replay,
+    StudentConfig,
+    TeacherConfig,
+    TeacherModel,
+    is_hashed,
+)
 from distill.errors import ModelError
 from distill.format import with_system
 from distill.licences import MODEL, Stated, in_table, model_fields, model_terms, problems
@@ -227,8 +237,8 @@ def write_card(folder: Path, facts: CardFacts) -> None:
 def card(facts: CardFacts) -> str:
     """The README.md of a checkpoint, in Markdown."""
     parts = (
-        header, opening, use, prompts, teacher, selection, replay, training, metrics, licences, limits, reproduction,
-        versions,
+        header, opening, use, prompts, teacher, distribution_teachers, selection, replay, training, metrics, licences,
+        limits, reproduction, versions,
     )  # fmt: skip
     return "\n\n".join(section for part in parts if (section := part(facts))) + "\n"
 
@@ -390,6 +400,37 @@ def teacher(facts: CardFacts) -> str:
     table = markdown_table(["teacher", "revision", "engine", "licence", "examples"], rows)
     drawn = [f"- {line}" for line in sampling(facts.recipe.teacher)] if facts.recipe.teacher else []
     return f"### Teacher\n\n{table}\n\n" + "\n".join(drawn)
+
+
+def distributions(facts: CardFacts) -> list[TeacherModel]:
+    """The models whose distributions were learned; none where every phase learned from text alone."""
+    logprobs = facts.recipe.logprobs
+    learned = any(isinstance(run.phase, KdPhase) for run in facts.phases)
+    return list(logprobs.teachers) if logprobs and learned else []
+
+
+def shown_model(one: TeacherModel) -> str:
+    """A model by its hub id, a local one by its name."""
+    return one.model if is_hub_id(one.model) else one.name
+
+
+def distribution_teachers(facts: CardFacts) -> str:
+    """Whose distributions were learned, and in what form."""
+    models, logprobs = distributions(facts), facts.recipe.logprobs
+    if not models or logprobs is None:
+        return ""
+    shares = logprobs.weights()
+    rows = [
+        [text(shown_model(one)), text(one.revision), in_table([one.licence]), f"{shares[one.name]:.0%}"]
+        for one in models
+    ]
+    table = markdown_table(["teacher of distributions", "revision", "licence", "share"], rows)
+    cached = any(isinstance(run.phase, KdPhase) and run.phase.teacher == "cache" for run in facts.phases)
+    kept = {"topk": f"the {logprobs.k} likeliest tokens and the mass of all others",
+            "sampled": f"{logprobs.draws} tokens drawn",
+            "hybrid": f"the {logprobs.k} likeliest tokens and {logprobs.draws} drawn from the others"}  # fmt: skip
+    said = f"Stored for each position: {kept[logprobs.form]}." if cached else "In memory beside the student."
+    return f"### Distributions\n\n{table}\n\n{said}"
 
 
 def selection(facts: CardFacts) -> str:
@@ -606,11 +647,16 @@ def stated_licences(facts: CardFacts) -> list[Stated]:
 
 
 def taught_licences(facts: CardFacts) -> list[Stated]:
-    """Those of the teachers."""
-    return [
+    """Those of the teachers: of the traces' and of the distributions'."""
+    of_traces = [
         Stated(f"teacher {one.model}", licence, "teacher.licence")
         for one in facts.teachers
         for licence in sorted(one.licences, key=str)
+    ]
+    learned = [(place, one) for place, one in enumerate(distributions(facts))]
+    return of_traces + [
+        Stated(f"teacher {shown_model(one)}", one.licence, f"logprobs.teachers.{place}.licence")
+        for place, one in learned
     ]
 
 

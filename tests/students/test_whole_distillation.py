@@ -299,3 +299,14 @@ def test_spans_of_the_same_tokenizer_are_the_plain_cache(
     assert np.array_equal(one["keys"], two["keys"]) and np.array_equal(one["row_bounds"], two["row_bounds"])
     same = (one["head_ids"] == two["head_ids"]).all(axis=(1, 2)).mean()
     assert same > 0.9, "but for rows where a special token is among the likeliest"
+
+
+def test_the_card_names_whose_distributions_were_learned(
+    tiny_model: TinyModel, teacher: Path, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    named = [{"name": "big", "model": str(teacher), "precision": "fp32", "licence": "cc-by-nc-4.0"}]
+    recipe = write_recipe(**sections(tiny_model("llama"), teacher, {"max_steps": 1}, teachers=named))
+    outcome = distill.run(recipe, runs=tmp_path / "runs", threads=1, quiet=True)
+    card = outcome.results["train:0"].path("model/README.md").read_text()
+    assert "### Distributions" in card and "| big |" in card and "20 tokens drawn" in card
+    assert "cc-by-nc-4.0" in card and str(teacher) not in card
