@@ -82,7 +82,8 @@ def generate(recipe: Recipe | Path | str, **where: Unpack[Where]) -> Outcome:
     A recipe with `logprobs` goes on to the selected traces and stores the distributions of its teachers over them.
     """
     loaded = _recipe(recipe)
-    return run(loaded, "score" if loaded.logprobs else "generate", **where)
+    scored = loaded.logprobs and any(step.stage == "score" for step in make_plan(loaded, **where).steps.values())
+    return run(loaded, "score" if scored else "generate", **where)
 
 
 def score(recipe: Recipe | Path | str, **where: Unpack[Where]) -> Outcome:

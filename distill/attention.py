@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from distill.products import batched_product
+
 PER_DOCUMENT = "per_document"
 
 SPREAD = 1.25
@@ -177,7 +179,7 @@ class _Heads(NamedTuple):
     def weights(self, start: int, end: int) -> Tensor:
         """Attention weights of the queries from `start` to `end` over the keys before `end`."""
         query = self.query_NMD[:, start * self.shared : end * self.shared]
-        scores = torch.bmm(query, self.key_NLD[:, :end].transpose(1, 2))
+        scores = batched_product(query, self.key_NLD[:, :end].transpose(1, 2))
         tile = scores.unflatten(1, (end - start, -1))[..., start:]
         tile.add_(_ahead(end - start, scores.dtype))
         return torch.softmax(scores, -1)
@@ -219,7 +221,7 @@ class _BlockAttention(torch.autograd.Function):
             attended = torch.empty_like(heads.query_NMD)
             for start, end in heads.blocks():
                 rows = slice(start * heads.shared, end * heads.shared)
-                attended[:, rows] = torch.bmm(heads.weights(start, end), heads.value_NLD[:, :end])
+                attended[:, rows] = batched_product(heads.weights(start, end), heads.value_NLD[:, :end])
             group.gather(_tokens_first(attended, group.documents, group.longest), out_THD)
             kept += heads
         ctx.save_for_backward(*kept)
@@ -248,11 +250,11 @@ def _backward(heads: _Heads, gradient_NMD: Tensor) -> _Heads:
     for start, end in heads.blocks():
         rows = slice(start * heads.shared, end * heads.shared)
         weights, gradient = heads.weights(start, end), gradient_NMD[:, rows]
-        by_value[:, :end] += torch.bmm(weights.transpose(1, 2), gradient)
-        by_weights = torch.bmm(gradient, heads.value_NLD[:, :end].transpose(1, 2))
+        by_value[:, :end] += batched_product(weights.transpose(1, 2), gradient)
+        by_weights = batched_product(gradient, heads.value_NLD[:, :end].transpose(1, 2))
         by_scores = torch._softmax_backward_data(by_weights, weights, -1, dtype)
-        by_query[:, rows] = torch.bmm(by_scores, heads.key_NLD[:, :end])
-        by_key[:, :end] += torch.bmm(by_scores.transpose(1, 2), heads.query_NMD[:, rows])
+        by_query[:, rows] = batched_product(by_scores, heads.key_NLD[:, :end])
+        by_key[:, :end] += batched_product(by_scores.transpose(1, 2), heads.query_NMD[:, rows])
     return _Heads(by_query, by_key.to(dtype), by_value.to(dtype))
 
 

@@ -689,7 +689,7 @@ class Logprobs(Section):
     alignment: Literal["same_tokenizer", "spans"] = "same_tokenizer"
     """`spans` lets a teacher with another tokenizer score its own tokens of the same text; positions are compared where
     both have a token that begins at the same character, over the tokens that both vocabularies spell alike."""
-    min_coverage: float = Field(default=0.5, ge=0, le=1)
+    min_coverage: float = unhashed(0.5, ge=0, le=1)
     """Least share of the supervised tokens that `spans` must align; below, scoring is refused."""
     micro_batch_tokens: int = unhashed(4096, gt=0)
     """Tokens a forward pass of the teacher."""
@@ -1004,6 +1004,21 @@ class OnPolicyPhase(KdPhase):
     """Answers over which the stop rate is taken."""
     max_length_growth: float = Field(default=4.0, gt=1)
     """Largest mean length of a window of answers, as a multiple of the first one's."""
+
+    @model_validator(mode="after")
+    def _learns_from_itself(self) -> Self:
+        if self.ce_weight:
+            raise ValueError("ce_weight: the tokens are the student's own; leave it out, or put an sft phase before")
+        if self.loss_weights != LossWeights():
+            raise ValueError("loss_weights: what the student writes is not split into parts; leave them out")
+        if self.divergence == "sampled_reverse_kl" and (
+            self.on_policy_fraction != 1 or self.temperature != self.sampling_temperature
+        ):
+            raise ValueError(
+                "divergence sampled_reverse_kl takes the student's own draws alone: set on_policy_fraction: 1 and"
+                " sampling_temperature equal to temperature"
+            )
+        return self
 
 
 def _phase_kind(value: Any) -> str | None:

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -250,6 +250,11 @@ class LogprobCache:
         for one in self.manifest["shards"]:
             if file_digest(self.folder / one["file"]) != one["sha256"]:
                 raise DataError(f"{self.folder / one['file']}: holds other bytes than {MANIFEST} says; score again")
+
+    def require(self, documents: Iterable[Sequence[int] | Array]) -> None:
+        """Look every document up, so that none is missing later. Raises DataError for one that was never scored."""
+        for ids in documents:
+            self._find(document_key(ids))
 
     def rows(self, ids: Sequence[int] | Array, count: int) -> Rows:
         """The rows of the document with these token ids, `count` of them.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill.errors import MissingExtraError, ModelError
+from distill.records import digest_json
 from distill.runs import DigestCache, RunOptions
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -136,6 +137,18 @@ def model_digest(source: ModelSource, cache: DigestCache) -> str:
     if source.folder:
         return cache.of(source.folder)
     return f"{source.name}@{hub_commit(source.name, source.revision)}"
+
+
+def tokenizer_root(source: ModelSource, cache: DigestCache) -> str:
+    """What identifies a model's tokenizer and template: their files in a folder, else the model itself."""
+    if source.folder is None or source.gguf:
+        return model_digest(source, cache)
+    files = sorted(path for pattern in TOKENIZER_FILES for path in source.folder.glob(pattern))
+    return digest_json({path.relative_to(source.folder).as_posix(): cache.of(path) for path in files})
+
+
+TOKENIZER_FILES = ("tokenizer*", "*token*.json", "vocab.*", "merges.txt", "chat_template*", "*.model")
+"""Where a checkpoint keeps its tokenizer and chat template."""
 
 
 def hub_commit(repo: str, revision: str, kind: str = "model") -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from distill.config import KdPhase, PromptSource, Recipe, Replay, TeacherModel, hashed_fields
 from distill.engines import ENGINES, load
 from distill.errors import RecipeError
-from distill.models import find_model, model_digest
+from distill.models import find_model, model_digest, tokenizer_root
 from distill.prompts import roots as prompt_roots
 from distill.records import digest_json
 from distill.rows import check_file, hub_root
@@ -74,7 +74,7 @@ MISSING_SECTION = {
     "generate": "add prompts and a teacher section",
     "select": "add prompts and a teacher section",
     "prune": "add student.prune",
-    "score": "add a logprobs section with teachers, and traces",
+    "score": "add logprobs with teachers, and a kd phase that reads their cache (teacher: cache)",
     "train": "add a student section with phases",
     "eval": "add an evaluate section",
     "export": "add an export section",
@@ -206,20 +206,21 @@ class Planner:
     def _score(self, examples: Step | None) -> dict[str, Step]:
         """A step for every teacher whose distributions are stored: where a phase reads them, or there is no student."""
         logprobs, student = self.recipe.logprobs, self.recipe.student
-        cached = student is None or any(
-            isinstance(phase, KdPhase) and phase.teacher == "cache" for phase in student.phases
-        )
+        phases = student.phases if student else []
+        cached = not phases or any(isinstance(phase, KdPhase) and phase.teacher == "cache" for phase in phases)
         if logprobs is None or examples is None or not cached:
             return {}
-        stored = {key: value for key, value in hashed_fields(logprobs).items() if key != "teachers"}
+        unused = {"topk": ("draws", "seed"), "sampled": ("k",), "hybrid": ()}[logprobs.form]
+        given = hashed_fields(logprobs).items()
+        stored = {key: value for key, value in given if key != "teachers" and key not in unused}
         steps = {}
         for teacher in logprobs.teachers:
             fields = {
                 "logprobs": stored,
                 "teacher": self._distilled(teacher),
                 "format": hashed_fields(self.recipe.format),
-                # it renders and tokenizes the documents
-                **({"base": self._base(), "new_tokens": list(student.new_tokens)} if student else {}),
+                # they render and tokenize the documents; the student's weights do not matter
+                **({"tokenizer": self._tokenizer(), "new_tokens": list(student.new_tokens)} if student else {}),
             }
             label = f"score:{teacher.name}"
             steps[teacher.name] = self.add("score", label, fields, {"examples": examples}, teacher=teacher.name)
@@ -228,9 +229,15 @@ class Planner:
     def _distilled(self, teacher: TeacherModel) -> dict[str, Any]:
         """What identifies a teacher whose distribution is learned, but for its share in a mixture."""
         source = find_model(teacher.model, teacher.revision)
-        fields = hashed_fields(teacher.model_copy(update={"weight": 1.0}))
+        fields = {key: value for key, value in hashed_fields(teacher).items() if key not in ("name", "weight")}
         return {**fields, "model": teacher.model if source.folder is None else "<by content>",
                 "root": model_digest(source, self.cache)}  # fmt: skip
+
+    def _tokenizer(self) -> str:
+        """What identifies the student's tokenizer."""
+        student = self.recipe.student
+        assert student is not None
+        return tokenizer_root(find_model(student.init, student.revision), self.cache)
 
     def _learned(self, phase: KdPhase, scores: Mapping[str, Step]) -> tuple[dict[str, Any], dict[str, Step]]:
         """Fields and upstream steps of a phase that learns distributions."""
@@ -238,7 +245,7 @@ class Planner:
         assert logprobs is not None  # the recipe's own validation
         fields: dict[str, Any] = {"shares": logprobs.weights()}
         if phase.teacher == "memory":
-            fields["teachers"] = [self._distilled(teacher) for teacher in logprobs.teachers]
+            fields["teachers"] = {teacher.name: self._distilled(teacher) for teacher in logprobs.teachers}
             return fields, {}
         return fields, {f"logprobs:{name}": step for name, step in scores.items()}
 

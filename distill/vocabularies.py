@@ -39,18 +39,33 @@ def _by_id(tokenizer: Any) -> list[str | None]:
     return found
 
 
+def different_ends(own: Any, theirs: Any) -> tuple[int, int] | None:
+    """The end tokens of two tokenizers, where they differ: a base and an instruct model of one family, say."""
+    ends = int(own.eos_token_id), int(theirs.eos_token_id)
+    return None if ends[0] == ends[1] else ends
+
+
+def exchange_(logits_NV: Any, ends: tuple[int, int] | None) -> Any:
+    """Let a teacher's end token speak for the student's, in place: the two columns change places.
+
+    Without it a teacher that ends its answers with another token would unteach the student to stop.
+    """
+    if ends is not None:
+        logits_NV[:, list(ends)] = logits_NV[:, list(reversed(ends))]
+    return logits_NV
+
+
 def names_in(own: Any, theirs: Any, rows: int) -> Array:
     """For each of the first `rows` ids of another tokenizer the own id that is spelled alike, or -1; int64 [rows].
 
     The two end tokens count as alike whatever they are called; other special tokens never do.
     """
-    mine = {_spelling(token): number for token, number in own.get_vocab().items() if number not in own.all_special_ids}
-    special = set(theirs.all_special_ids)
+    mine = {spelled: number for number, spelled in sorted(spellings(own).items(), reverse=True)}
     names = np.full(rows, -1, np.int64)
     taken: set[int] = set()
-    for token, number in sorted(theirs.get_vocab().items(), key=lambda item: item[1]):
-        name = mine.get(_spelling(token))
-        if number < rows and number not in special and name is not None and name not in taken:
+    for number, spelled in sorted(spellings(theirs).items()):
+        name = mine.get(spelled)
+        if number < rows and name is not None and name not in taken:
             names[number] = name
             taken.add(name)
     if theirs.eos_token_id is not None and theirs.eos_token_id < rows:
@@ -58,6 +73,34 @@ def names_in(own: Any, theirs: Any, rows: int) -> Array:
     return names
 
 
-def _spelling(token: str) -> str:
-    """A token's text whatever its tokenizer writes for a leading space."""
-    return token.replace("\u2581", "\u0120")
+def spellings(tokenizer: Any) -> dict[int, bytes]:
+    """The bytes that each id stands for, special tokens left out; those of one byte in a larger character too."""
+    special = set(tokenizer.all_special_ids)
+    byte_level = "ByteLevel" in json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder"))
+    read = _byte_level if byte_level else _sentence_piece
+    return {number: read(token) for token, number in tokenizer.get_vocab().items() if number not in special}
+
+
+def _byte_level(token: str) -> bytes:
+    """As GPT-2 writes bytes: printable ones as themselves, the others as characters from U+0100 on."""
+    try:
+        return bytes(BYTES[character] for character in token)
+    except KeyError:  # a token that was added as plain text
+        return token.encode()
+
+
+def _byte_table() -> dict[str, int]:
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+BYTES = _byte_table()
+"""The byte that each character of a byte-level vocabulary stands for."""
+
+
+def _sentence_piece(token: str) -> bytes:
+    """As SentencePiece writes text: a low line block for a space, `<0x0A>` for a byte."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode()

@@ -93,7 +93,7 @@ def first_phase(plan: Plan) -> Step:
 
 
 def _make_traces(recipe: Recipe, plan: Plan, step: Step, options: RunOptions) -> None:
-    before = [one for one in plan.until("train") if one.stage != "train"]
+    before = [one for one in plan.until("train") if one.stage not in ("train", "score")]
     owed = [one for one in before if not one.sealed]
     if not owed:
         return

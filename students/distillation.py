@@ -11,9 +11,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from distill.products import product
+from distill.vocabularies import exchange_
+
 from .divergences import FLOOR, Measure, through_softmax
 from .losses import CHUNK_ROWS, Losses, bands, chunked, nll_to_gradient
-from .products import product
+
+WIDE_ROWS = 256
+"""Rows that are reduced together on a GPU: a divergence needs several fp32 tensors of rows x vocabulary."""
 
 
 class Mix(NamedTuple):
@@ -207,7 +212,7 @@ def distillation_loss(
     def to_gradient(logits_NV: Tensor, start: int) -> Tensor:
         total = torch.zeros((), dtype=wide, device=logits_NV.device)
         known = teacher.chunk(start, start + len(logits_NV))
-        for band in bands(logits_NV):
+        for band in bands(logits_NV, WIDE_ROWS):
             first, last = start + band.start, start + band.stop
             total += _band_to_gradient(
                 logits_NV[band],
@@ -272,10 +277,13 @@ class InMemory(NamedTuple):
     weight_VH: Tensor
     vocabulary: int
     temperature: float
+    ends: tuple[int, int] | None = None
+    """End tokens of student and teacher where they differ; see `distill.vocabularies.exchange_`."""
 
     def chunk(self, start: int, end: int) -> Logits:
         """See `Targets`."""
-        return Logits(product(self.hidden_NH[start:end], self.weight_VH[: self.vocabulary].T), self.temperature)
+        logits = product(self.hidden_NH[start:end], self.weight_VH[: self.vocabulary].T)
+        return Logits(exchange_(logits, self.ends), self.temperature)
 
     def at(self, start: int, end: int) -> Known:
         """See `Targets`."""

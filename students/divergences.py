@@ -40,9 +40,9 @@ def forward_kl(log_p: Tensor, log_q: Tensor) -> Divergence:
 
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> Divergence:
     """KL(student || teacher): keeps to what the teacher would say (Gu et al. 2024, MiniLLM, eq. 1)."""
-    apart = log_q - log_p
-    costs = log_q.exp() * apart
-    return Divergence(costs.sum(-1), costs)
+    q = log_q.exp()
+    costs = q * (log_q - log_p)
+    return Divergence(costs.sum(-1), costs + q)
 
 
 def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Divergence:
@@ -50,6 +50,7 @@ def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Divergence:
     p, q = log_p.exp(), log_q.exp()
     log_m = _log_mixture(p, q, beta)
     costs = (1 - beta) * q * (log_q - log_m)
+    # by q of the rest: (1 - beta) - (1 - beta) * (beta p + (1 - beta) q) / m = 0
     return Divergence((beta * p * (log_p - log_m)).sum(-1) + costs.sum(-1), costs)
 
 
@@ -65,7 +66,7 @@ def skewed_reverse_kl(log_p: Tensor, log_q: Tensor, skew: float) -> Divergence:
     p, q = log_p.exp(), log_q.exp()
     log_m = _log_mixture(p, q, 1 - skew)
     costs = q * (log_q - log_m)
-    return Divergence(costs.sum(-1), costs - skew * q * (log_q - log_m).exp())
+    return Divergence(costs.sum(-1), costs + q - skew * q * (log_q - log_m).exp())
 
 
 def taid(log_p: Tensor, log_q: Tensor, share: float) -> Divergence:

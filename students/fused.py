@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .products import linear, onednn_is_faster, product
+from distill.products import linear, onednn_is_faster, product
 
 NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 FEED_FORWARDS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP")

@@ -1,9 +1,9 @@
 """Hidden-state distillation: layers of the student learn to give what layers of a teacher in memory give.
 
 For a student that was cut out of its teacher. What a pair of layers gives at the supervised rows is compared after a
-learned projection, as the mean squared difference over the mean square of the teacher's (so every layer counts alike,
-however large its states are). The projections train with the student, are kept in its checkpoints, and are dropped at
-the end (Romero et al. 2015, FitNets; Jiao et al. 2020, TinyBERT, sections 3.1 and 3.2).
+learned projection, as each row's mean squared difference over the mean square of the teacher's (so every layer counts
+alike, however large its states are). The projections train with the student, are kept in its checkpoints, and are
+dropped at the end (Romero et al. 2015, FitNets; Jiao et al. 2020, TinyBERT, sections 3.1 and 3.2).
 """
 
 from collections.abc import Iterator, Sequence
@@ -58,9 +58,8 @@ class HiddenMatch(nn.Module):
             weight = self.config.weight if number < len(self.pairs) else self.config.attention
             target = teacher_NH.float()
             apart = (self.projections[number](student_NH).float() - target).square().mean(-1)
-            total = total + weight / len(self.pairs) * (weights_N * apart).sum() / target.square().mean().clamp_min(
-                1e-8
-            )
+            size = target.square().mean(-1).clamp_min(1e-8)
+            total = total + weight / len(self.pairs) * (weights_N * apart / size).sum()
         return total
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .products import product
+from distill.products import product
 
 CHUNK_ROWS = 1024
 """Rows whose logits exist at the same time; 1,024 x 49,152 logits take 100 MB in bf16."""
@@ -64,9 +64,9 @@ class _Chunked(torch.autograd.Function):
         return by_hidden, by_weight, None, None
 
 
-def bands(logits_NV: Tensor) -> Iterator[slice]:
-    """Rows that are reduced together: few on a CPU, all of them elsewhere."""
-    size = BAND_ROWS if logits_NV.device.type == "cpu" else max(1, len(logits_NV))
+def bands(logits_NV: Tensor, most: int = CHUNK_ROWS) -> Iterator[slice]:
+    """Rows that are reduced together: few on a CPU, up to `most` elsewhere."""
+    size = BAND_ROWS if logits_NV.device.type == "cpu" else most
     for start in range(0, len(logits_NV), size):
         yield slice(start, min(start + size, len(logits_NV)))
 

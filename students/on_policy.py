@@ -5,6 +5,7 @@ batch; so neither the number of processes nor a resume changes them. A student t
 without end, is not trained further: guards look at windows of answers, and end the training with the reason.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import numpy as np
 
 from distill.config import OnPolicyPhase
 from distill.documents import Documents
-from distill.engines.transformers import context_of, end_ids, generate_ids
+from distill.engines.transformers import end_ids, generate_ids
 from distill.errors import TrainingError
 from distill.format import ANSWER, EOS, PROMPT, Document
 from distill.models import quiet_loading
@@ -89,15 +90,20 @@ class Rollouts:
     phase: OnPolicyPhase
     pad_id: int
     guard: Guard
+    vocabulary: int
+    """Tokens that the teachers know; no others are drawn."""
+    context: int
+    """Longest text, prompt and answer together, that student and teachers can read."""
 
     def documents(
         self, model: Any, documents: Documents, chosen: Sequence[int], step: int, world: World
     ) -> tuple[Documents, list[int]]:
         """The step's documents with some answers replaced by the student's own, and their numbers.
 
-        A prompt that has no room left in the context keeps its trace.
+        A prompt that has no room left in the context keeps its trace, or is left out where only drawn tokens may teach.
+        Raises TrainingError if nothing is left.
         """
-        own = self._own(model, documents, chosen, step)
+        own = self._own(documents, chosen, step)
         prompts = [prompt_of(documents, chosen[place]) for place in own]
         answers = self._answers(model, prompts, step, world)
         ends = set(end_ids(model))
@@ -109,18 +115,22 @@ class Rollouts:
         kept = [
             Document(documents.ids(index).tolist(), documents.segments(index).tobytes(), False)
             for place, index in enumerate(chosen)
-            if place not in own
+            if place not in own and self.phase.divergence != "sampled_reverse_kl"
         ]
+        if not written and not kept:
+            raise TrainingError(
+                f"on-policy: in step {step + 1} no prompt has room for an answer within {self.context:,} tokens, or all"
+                " answers were empty; select shorter prompts"
+            )
         made = Documents.of([*written, *kept])
         return made, list(range(len(made)))
 
-    def _own(self, model: Any, documents: Documents, chosen: Sequence[int], step: int) -> list[int]:
-        """Which of the chosen, by place, the student answers."""
-        context = context_of(model)
-        order = [place for place, index in enumerate(chosen) if len(prompt_of(documents, index)) < context]
-        count = round(self.phase.on_policy_fraction * len(chosen))
-        random.Random(f"{self.phase.seed}:on-policy:{step}").shuffle(order)
-        return order[:count]
+    def _own(self, documents: Documents, chosen: Sequence[int], step: int) -> list[int]:
+        """Which of the chosen, by place, the student answers: their share on average, also in steps of one document."""
+        order = [place for place, index in enumerate(chosen) if len(prompt_of(documents, index)) < self.context]
+        rng = random.Random(f"{self.phase.seed}:on-policy:{step}")
+        rng.shuffle(order)
+        return order[: math.floor(self.phase.on_policy_fraction * len(chosen) + rng.random())]
 
     def _answers(self, model: Any, prompts: Sequence[list[int]], step: int, world: World) -> list[list[int]]:
         size = self.phase.batch_size
@@ -132,10 +142,11 @@ class Rollouts:
                 mine[number] = generate_ids(
                     model,
                     batch,
-                    self.phase.max_new_tokens,
+                    min(self.phase.max_new_tokens, self.context - max(map(len, batch))),
                     self.phase.sampling_temperature,
                     seed=seed,
                     pad_id=self.pad_id,
+                    vocabulary=self.vocabulary,
                 )
         everyones = {number: answers for one in world.gathered(mine) for number, answers in one.items()}
         return [answer for number, _ in cuts for answer in everyones[number]]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .products import product
+from distill.products import product
 
 PEAK_SIZES = (1024, 2048, 4096)
 """Sides of the square products on which the peak is measured."""

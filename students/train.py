@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from distill.attention import PER_DOCUMENT
 from distill.config import KdPhase, OnPolicyPhase, Recipe, StudentConfig, TrainingPhase
 from distill.documents import Documents, check_context, check_vocabulary, joined
-from distill.engines.transformers import end_ids
+from distill.engines.transformers import context_of, end_ids
 from distill.errors import DataError, FormatError, ModelError, TrainingError
 from distill.evaluation import set_prompts
 from distill.format import check_markers_survive, encode_prompt, render_prompt, set_template
@@ -48,7 +48,7 @@ from .packing import Source
 from .replay import write_chats
 from .throughput import peak_flops, peak_memory_mb, shape_of
 from .trackers import require_trackers, trackers
-from .tutors import Tutor, cached_tutor, tutor_in_memory
+from .tutors import Tutor, TutorInMemory, cached_tutor, require_teachers, tutor_in_memory
 from .vocabulary import add_tokens
 
 HELDOUT_SEED = "heldout"
@@ -67,9 +67,16 @@ def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
             "student.parallel is fsdp, but this is the only process; start it with torchrun --nproc-per-node N -m"
             " distill train …, or set student.parallel=auto"
         )
+    source = find_model(student.init, student.revision)
+    if isinstance(phase, KdPhase) and phase.teacher == "memory":
+        assert recipe.logprobs is not None  # the recipe's own validation
+        require_teachers(recipe.logprobs, phase, load_tokenizer(source), recipe.format.max_tokens)
+    if isinstance(phase, OnPolicyPhase) and student.parallel == "fsdp":
+        raise TrainingError(
+            "student.parallel is fsdp, but in an on_policy phase every process writes answers; set student.parallel=ddp"
+        )
     if "model" in step.upstream:
         return
-    source = find_model(student.init, student.revision)
     config = load_config(source)
     check_adapters(config, phase.lora)
     context = int(config.max_position_embeddings)
@@ -193,6 +200,7 @@ def train(ready: Ready, recipe: Recipe, run: OpenRun, world: World) -> dict[str,
     phase, student = ready.phase, ready.student
     checkpoint_activations(ready.model, phase)
     look = watcher(ready, recipe, run) if phase.monitor else None
+    tutor = tutor_of(ready, recipe, run.step) if isinstance(phase, KdPhase) else None
     trainer = Trainer(
         ready.model,
         ready.documents,
@@ -203,8 +211,8 @@ def train(ready: Ready, recipe: Recipe, run: OpenRun, world: World) -> dict[str,
         world,
         student.parallel,
         look,
-        tutor_of(ready, recipe, run.step) if isinstance(phase, KdPhase) else None,
-        rollouts_of(phase, ready.tokenizer) if isinstance(phase, OnPolicyPhase) else None,
+        tutor,
+        rollouts_of(phase, ready, tutor) if isinstance(phase, OnPolicyPhase) else None,
     )
     say_plan(trainer, run)
     append = write_metrics(run.path("metrics.jsonl"), trainer.resumed_from) if world.main else lambda values: None
@@ -244,14 +252,16 @@ def tutor_of(ready: Ready, recipe: Recipe, step: Step) -> Tutor:
     assert isinstance(phase, KdPhase) and logprobs is not None  # the recipe's own validation
     if phase.teacher == "cache":
         folders = {teacher.name: step.result(f"logprobs:{teacher.name}").folder for teacher in logprobs.teachers}
-        return cached_tutor(folders, logprobs, phase, ready.model, ready.tokenizer)
+        return cached_tutor(folders, logprobs, phase, ready.model, ready.tokenizer, ready.documents)
     attention = attention_for(ready.student, str(ready.model.device))
     return tutor_in_memory(logprobs, phase, ready.model, ready.tokenizer, ready.documents, attention)
 
 
-def rollouts_of(phase: OnPolicyPhase, tokenizer: Any) -> Rollouts:
-    """What lets the student answer for itself."""
-    return Rollouts(phase, int(tokenizer.pad_token_id), Guard.of(phase))
+def rollouts_of(phase: OnPolicyPhase, ready: Ready, tutor: Tutor | None) -> Rollouts:
+    """What lets the student answer for itself, in tokens and at lengths that the teachers know too."""
+    assert isinstance(tutor, TutorInMemory)  # the recipe's own validation
+    context = min(context_of(model) for model in (ready.model, *tutor.models))
+    return Rollouts(phase, int(ready.tokenizer.pad_token_id), Guard.of(phase), tutor.vocabulary, context)
 
 
 class Usage(NamedTuple):
@@ -279,6 +289,7 @@ class Usage(NamedTuple):
             "supervised_per_s": round(report.supervised / report.seconds, 1),
             "mfu": round(flops / report.seconds / self.peak, 4),
             "memory_mb": round(peak_memory_mb(self.device), 1),
+            **(self.trainer.rollouts.guard.last if self.trainer.rollouts else {}),
         }
 
 

@@ -12,16 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.attention import final_hidden
+from distill.attention import PER_DOCUMENT, final_hidden
 from distill.config import KdPhase, Logprobs, OnPolicyPhase
 from distill.documents import Array, Documents
-from distill.engines.transformers import end_ids
 from distill.errors import DataError, ModelError
 from distill.format import PROMPT
 from distill.logprobs import SPANS, Facts, LogprobCache, Rows, joined_rows, open_cache, require_fit
-from distill.models import find_model, load_model, load_tokenizer
+from distill.models import find_model, load_config, load_model, load_tokenizer
 from distill.token_store import tokenizer_digest
-from distill.vocabularies import shared_vocabulary
+from distill.vocabularies import different_ends, shared_vocabulary
 
 from .distillation import CutHead, Drawn, DrawnBy, Head, InMemory, Known, Masked, Targets, Together
 from .hidden import HiddenMatch, attach, captured_by
@@ -165,17 +164,21 @@ class TutorInMemory(NamedTuple):
     """Whether only the text's own tokens are looked at (`sampled_reverse_kl`)."""
     match: HiddenMatch | None = None
     """Which hidden states of the first teacher are learned too."""
+    ends: Sequence[tuple[int, int] | None] = ()
+    """End tokens of the student and of each teacher, where they differ."""
 
     @torch.no_grad()
     def lesson(self, documents: Documents, pack: Pack, tensors: PackTensors) -> Lesson:
         """See `Tutor`."""
         found: list[Targets] = []
         features: list[Tensor] = []
-        for model in self.models:
+        for number, model in enumerate(self.models):
             with captured_by(self.match if not found else None, model, teacher=True) as states:
                 hidden_NH = self._read(model, tensors)
             features += [state_BTH.flatten(0, 1)[tensors.rows_N] for state_BTH in states]
-            own: Targets = InMemory(hidden_NH, model.get_output_embeddings().weight, self.vocabulary, self.temperature)
+            head_VH = model.get_output_embeddings().weight
+            ends = self.ends[number] if self.ends else None
+            own: Targets = InMemory(hidden_NH, head_VH, self.vocabulary, self.temperature, ends)
             found.append(DrawnBy(own, tensors.targets_N) if self.drawn_only else own)
         return Lesson(found[0] if len(found) == 1 else Together(found, self.weights), features)
 
@@ -189,11 +192,12 @@ class TutorInMemory(NamedTuple):
 
 
 def cached_tutor(
-    folders: Mapping[str, Path], logprobs: Logprobs, phase: KdPhase, model: Any, tokenizer: Any
+    folders: Mapping[str, Path], logprobs: Logprobs, phase: KdPhase, model: Any, tokenizer: Any, documents: Documents
 ) -> CachedTutor:
     """A tutor over the caches of all teachers, by name.
 
-    Raises DataError for a cache that was made for another tokenizer, template, form or temperature.
+    Raises DataError for a cache that was made for another tokenizer, template, form or temperature, for caches that do
+    not share a vocabulary, and for a document that is in none.
     """
     rows = model.get_output_embeddings().weight.shape[0]
     digest, shares = tokenizer_digest(tokenizer), logprobs.weights()
@@ -203,6 +207,17 @@ def cached_tutor(
         if logprobs.alignment == "spans":  # how many tokens are spelled alike is the teacher's
             wanted = wanted._replace(alignment=SPANS, k=cache.facts.k)
         require_fit(cache.facts, wanted, cache.folder)
+        if (coverage := cache.manifest.get("coverage", 1.0)) < logprobs.min_coverage:
+            raise DataError(
+                f"{cache.folder}: {coverage:.0%} of its rows are aligned, logprobs.min_coverage is"
+                f" {logprobs.min_coverage:.0%}; take a teacher whose tokenizer is closer, or lower it"
+            )
+        cache.require(documents.ids(index) for index in range(len(documents)))
+    if len(sizes := {cache.facts.vocabulary for cache in caches.values()}) > 1:
+        raise DataError(
+            f"the teachers of logprobs share {' and '.join(f'{size:,}' for size in sorted(sizes))} tokens with the"
+            " student; a mixture takes one vocabulary: take teachers with the same tokenizer, or teacher: memory"
+        )
     return CachedTutor(list(caches.values()), [shares[name] for name in caches], phase.tail)
 
 
@@ -215,32 +230,45 @@ def tutor_in_memory(
     tokens that a teacher does not know.
     """
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    shares, models = logprobs.weights(), []
+    shares = logprobs.weights()
+    models: list[Any] = []
+    ends: list[tuple[int, int] | None] = []
     for teacher in logprobs.teachers:
         source = find_model(teacher.model, teacher.revision)
-        vocabulary = min(vocabulary, shared_vocabulary(tokenizer, load_tokenizer(source), teacher.name))
-        own = load_model(source, TORCH_NAMES[teacher.precision], str(model.device), attention)
-        if isinstance(phase, OnPolicyPhase):
-            require_equal_ends(own, tokenizer, teacher.name)
+        theirs = load_tokenizer(source)
+        vocabulary = min(vocabulary, shared_vocabulary(tokenizer, theirs, teacher.name))
+        ends.append(different_ends(tokenizer, theirs))
+        kind = PER_DOCUMENT if teacher.precision == "fp32" and attention == "flash_attention_2" else attention
+        own = load_model(source, TORCH_NAMES[teacher.precision], str(model.device), kind)
         vocabulary = min(vocabulary, own.get_output_embeddings().weight.shape[0])
         models.append(own.requires_grad_(False))
     require_known(documents, vocabulary)
     drawn_only = isinstance(phase, OnPolicyPhase) and phase.divergence == "sampled_reverse_kl"
     match = attach(phase.hidden, model, models[0]) if phase.hidden else None
-    return TutorInMemory(models, [*shares.values()], vocabulary, phase.temperature, drawn_only, match)
+    return TutorInMemory(models, [*shares.values()], vocabulary, phase.temperature, drawn_only, match, ends)
 
 
-def require_equal_ends(teacher: Any, tokenizer: Any, name: str) -> None:
-    """Refuse, for on-policy training, a teacher that ends its answers with another token than the student.
+def require_teachers(logprobs: Logprobs, phase: KdPhase, tokenizer: Any, most_tokens: int) -> None:
+    """Refuse, before any work, teachers in memory that do not fit.
 
-    It would call every end that the student writes a mistake. Raises ModelError.
+    Raises ModelError for another tokenizer, a context below `most_tokens`, and on-policy for a teacher that ends its
+    answers with another token: it would call every end that the student writes a mistake.
     """
-    ends = end_ids(teacher)
-    if tokenizer.eos_token_id not in ends:
-        raise ModelError(
-            f"logprobs.teachers.{name} ends its answers with {ends}, the student with {tokenizer.eos_token_id};"
-            " on-policy training takes equal end tokens: choose the teacher's instruct or base twin that has them"
-        )
+    for teacher in logprobs.teachers:
+        source, where = find_model(teacher.model, teacher.revision), f"logprobs.teachers.{teacher.name}"
+        context = int(load_config(source).max_position_embeddings)
+        if most_tokens > context:
+            raise ModelError(
+                f"{where}: its context is {context:,} tokens, but documents have up to"
+                f" format.max_tokens={most_tokens:,}; set that lower"
+            )
+        theirs = load_tokenizer(source)
+        shared_vocabulary(tokenizer, theirs, teacher.name)
+        if isinstance(phase, OnPolicyPhase) and different_ends(tokenizer, theirs):
+            raise ModelError(
+                f"{where} ends its answers with token {theirs.eos_token_id}, the student with {tokenizer.eos_token_id};"
+                " on-policy training takes equal end tokens: choose the teacher's instruct or base twin that has them"
+            )
 
 
 def require_known(documents: Documents, vocabulary: int) -> None:

@@ -17,10 +17,10 @@ import torch
 
 from distill.config import FormatConfig, Logprobs, Recipe, TeacherModel
 from distill.documents import Array, Documents
-from distill.errors import DataError
+from distill.errors import DataError, ModelError
 from distill.format import encode_document, render_completion, render_prompt, set_template
 from distill.logprobs import SPANS, Facts, Rows, document_key, empty_rows, joined_rows
-from distill.models import find_model, load_tokenizer
+from distill.models import find_model, load_config, load_tokenizer
 from distill.progress import say
 from distill.records import Example, read_records
 from distill.runs import RunOptions
@@ -58,6 +58,13 @@ def spans_scorer(
     theirs = load_tokenizer(find_model(teacher.model, teacher.revision))
     set_template(theirs, recipe.format)
     readings = dict(read(examples, tokenizer, theirs, recipe.format))
+    source = find_model(teacher.model, teacher.revision)
+    context = int(load_config(source).max_position_embeddings)
+    if (longest := max((len(reading.ids) for reading in readings.values()), default=0)) > context:
+        raise ModelError(
+            f"logprobs.teachers.{teacher.name}: a document has {longest:,} of its tokens, its context {context:,}; set"
+            " format.max_tokens lower"
+        )
     rows = [len(supervised(documents, index)) for index in range(len(documents))]
     aligned = sum(len(readings[document_key(documents.ids(index))].rows) for index in range(len(documents)))
     coverage = aligned / max(1, sum(rows))
@@ -68,10 +75,13 @@ def spans_scorer(
             " or lower it"
         )
     model = load_teacher(teacher, options)
-    names = torch.from_numpy(names_in(tokenizer, theirs, model.get_output_embeddings().weight.shape[0]))
+    tokens = max(theirs.get_vocab().values()) + 1  # a head may have more rows, which are padding
+    names = torch.from_numpy(names_in(tokenizer, theirs, min(tokens, model.get_output_embeddings().weight.shape[0])))
     shared = int((names >= 0).sum())
     say(f"score {teacher.name}: {coverage:.1%} of the rows aligned, {shared:,} tokens spelled alike")
-    facts = Facts.of(logprobs, len(tokenizer), digest)._replace(alignment=SPANS, k=min(logprobs.k, shared))
+    facts = Facts.of(logprobs, max(tokenizer.get_vocab().values()) + 1, digest)._replace(
+        alignment=SPANS, k=min(logprobs.k, shared)
+    )
     scorer = SpansScorer(model, documents, readings, names.to(model.device), facts, logprobs)
     return facts, scorer, {"coverage": round(coverage, 4), "tokens_alike": shared}
 
@@ -95,7 +105,7 @@ class SpansScorer:
             yield index, rows
 
     def _scored(self, index: int) -> Rows:
-        head_VH = self.model.get_output_embeddings().weight
+        head_VH = self.model.get_output_embeddings().weight[: len(self.names_V)]
         reading = self.readings[document_key(self.documents.ids(index))]
         hidden_TH, _ = read_packed(self.model, [reading.ids])
         places = torch.from_numpy(reading.places - 1).to(hidden_TH.device)
@@ -123,11 +133,26 @@ def read(examples: Path, own: Any, theirs: Any, config: FormatConfig) -> Iterato
         given = (example.prompt.messages, example.reasoning, example.answer, config)
         mine, other = (encode_document(tokenizer, *given) for tokenizer in (own, theirs))
         starts = [from_end(tokenizer, example, config) for tokenizer in (own, theirs)]
-        at = {place: number for number, place in enumerate(starts[1])}
-        pairs = [(row, at[place]) for row, place in enumerate(starts[0]) if place in at]
+        pairs = aligned(*starts)
         rows, numbers = (np.array(values, np.int64) for values in (zip(*pairs) if pairs else ((), ())))
         first = len(other.ids) - len(starts[1])
         yield document_key(mine.ids), Reading(np.array(other.ids, np.int32), first + numbers, rows)
+
+
+def aligned(own: Sequence[int], theirs: Sequence[int]) -> list[tuple[int, int]]:
+    """Numbers of tokens that begin at the same character, of the student and of the teacher.
+
+    Where one character takes several tokens, all of them begin there; only the first has just the text before it.
+    """
+    first: dict[int, int] = {}
+    for number, place in enumerate(theirs):
+        first.setdefault(place, number)
+    pairs, before = [], None
+    for row, place in enumerate(own):
+        if place in first and place != before:
+            pairs.append((row, first[place]))
+        before = place
+    return pairs
 
 
 def from_end(tokenizer: Any, example: Example, config: FormatConfig) -> list[int]:

@@ -34,7 +34,7 @@ from distill.progress import progress, say
 from distill.records import digest_json
 from distill.runs import DigestCache, RunOptions, Step, library_versions, open_run
 from distill.token_store import tokenize, tokenizer_digest
-from distill.vocabularies import shared_vocabulary
+from distill.vocabularies import different_ends, exchange_, shared_vocabulary
 
 from .distributions import SAMPLER, kept, uniforms
 
@@ -64,7 +64,13 @@ def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
 
         require(recipe, teacher, options)
     if logprobs.alignment == "same_tokenizer":
-        shared_vocabulary(document_tokenizer(recipe, source), load_tokenizer(source), teacher.name)
+        own, theirs = document_tokenizer(recipe, source), load_tokenizer(source)
+        shared_vocabulary(own, theirs, teacher.name)
+        if teacher.engine == "vllm" and different_ends(own, theirs):
+            raise ModelError(
+                f"logprobs.teachers.{teacher.name} ends its answers with token {theirs.eos_token_id}, the student with"
+                f" {own.eos_token_id}; vLLM's likeliest tokens cannot be exchanged: score with engine: transformers"
+            )
 
 
 def run(recipe: Recipe, step: Step, options: RunOptions) -> None:
@@ -183,7 +189,8 @@ def same_tokens_scorer(
     """Scores documents as they are, with a teacher that has their tokenizer."""
     logprobs = _logprobs(recipe)
     source = find_model(teacher.model, teacher.revision)
-    vocabulary = shared_vocabulary(tokenizer, load_tokenizer(source), teacher.name)
+    theirs = load_tokenizer(source)
+    vocabulary = shared_vocabulary(tokenizer, theirs, teacher.name)
     highest = max((int(arrays.ids_T.max()) for arrays in documents.parts if len(arrays.ids_T)), default=0)
     if highest >= vocabulary:
         raise DataError(
@@ -195,7 +202,9 @@ def same_tokens_scorer(
         from .served import ServedScorer
 
         return facts, ServedScorer(recipe, teacher, documents, facts, options), {}
-    return facts, LiveScorer(load_teacher(teacher, options), documents, facts, logprobs), {}
+    ends = different_ends(tokenizer, theirs)
+    more = {"ends_exchanged": list(ends)} if ends else {}
+    return facts, LiveScorer(load_teacher(teacher, options), documents, facts, logprobs, ends), more
 
 
 def load_teacher(teacher: TeacherModel, options: RunOptions) -> Any:
@@ -213,6 +222,8 @@ class LiveScorer:
     documents: Documents
     facts: Facts
     logprobs: Logprobs
+    ends: tuple[int, int] | None = None
+    """End tokens of student and teacher where they differ."""
 
     def __call__(self, chosen: Sequence[int]) -> Iterator[tuple[int, Rows]]:
         """See `Scorer`."""
@@ -229,17 +240,17 @@ class LiveScorer:
             key = document_key(self.documents.ids(index))
             numbers = uniforms(self.facts.seed, key, len(places), self.facts.draws) if self.facts.draws else None
             parts = []
-            for rows, log_p in log_probabilities(hidden_TH[places], head_VH, self.facts.temperature):
+            for rows, log_p in log_probabilities(hidden_TH[places], head_VH, self.facts.temperature, self.ends):
                 parts.append(kept(log_p, None if numbers is None else numbers[rows], self.facts))
             yield index, joined_rows(parts)
 
 
 def log_probabilities(
-    hidden_NH: torch.Tensor, head_VH: torch.Tensor, temperature: float
+    hidden_NH: torch.Tensor, head_VH: torch.Tensor, temperature: float, ends: tuple[int, int] | None = None
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """log softmax(logits / T) in fp32 of a few rows at a time, [rows, V], with which rows they are."""
     for first in range(0, len(hidden_NH), LOGIT_ROWS):
-        logits = hidden_NH[first : first + LOGIT_ROWS] @ head_VH.T
+        logits = exchange_(hidden_NH[first : first + LOGIT_ROWS] @ head_VH.T, ends)
         for start in range(0, len(logits), CHUNK_ROWS):
             some = logits[start : start + CHUNK_ROWS]
             rows = slice(first + start, first + start + len(some))

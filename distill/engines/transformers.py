@@ -191,9 +191,11 @@ def generate_ids(
     top_p: float = 1.0,
     seed: int = 0,
     pad_id: int = 0,
+    vocabulary: int | None = None,
 ) -> list[list[int]]:
     """New ids of each prompt, the end token included where one came; greedy at temperature 0.
 
+    Ids from `vocabulary` on (padding of the head, where it is given) are never chosen.
     Prompts are padded on the left; ids after the first end token, or beyond the model's context, are cut off. Only
     the arguments and the model's end ids count: penalties and the like that its generation_config recommends do not.
     Raises ValueError for a prompt that is empty or fills the context, which transformers would run all the same.
@@ -210,12 +212,13 @@ def generate_ids(
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    ends = end_ids(model)
+    ends, padded = end_ids(model), int(model.config.vocab_size)
     draw = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     config = GenerationConfig(
         max_new_tokens=min(max_new_tokens, context - min(map(len, prompts))),
         eos_token_id=ends or None,
         pad_token_id=pad_id,
+        suppress_tokens=list(range(vocabulary or padded, padded)) or None,
         **({"do_sample": False} | draw),
     )
     with torch.inference_mode(), seeded(seed, str(model.device)), own_config(model, config):

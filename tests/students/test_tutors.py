@@ -10,11 +10,12 @@ import torch
 
 from distill.config import KdPhase, LossWeights, OnPolicyPhase
 from distill.documents import Documents
-from distill.errors import DataError, ModelError, TrainingError
+from distill.errors import DataError, TrainingError
 from distill.format import PROMPT
 from distill.interrupts import Stop
 from distill.logprobs import Facts, LogprobCache, Rows, document_key, empty_rows, write_manifest, write_shard
 from distill.students.distillation import Drawn, Head
+from distill.students.distributed import World
 from distill.students.loop import Trainer, cut
 from distill.students.objective import Lesson, PackTensors, mix_of
 from distill.students.on_policy import Guard, Rollouts, document_of, prompt_of
@@ -196,7 +197,7 @@ def test_answers_do_not_depend_on_how_many_processes_write_them(
 
     found = []
     for size in (1, 2):
-        rollouts = Rollouts(phase, 0, Guard.of(phase))
+        rollouts = Rollouts(phase, 0, Guard.of(phase), VOCABULARY, 512)
         made, chosen = rollouts.documents(model, documents, [0, 1, 2, 3], 7, Several(size))  # type: ignore[arg-type]
         assert chosen == [0, 1, 2, 3]
         found.append([made.ids(index).tolist() for index in chosen])
@@ -207,15 +208,35 @@ def test_answers_do_not_depend_on_how_many_processes_write_them(
     assert len(kept) == 4 - round(4 * fraction)
 
 
-def test_unknown_tokens_and_ends_are_refused(make_documents: MakeDocuments) -> None:
-    from distill.students.tutors import require_equal_ends, require_known
+def test_the_share_of_own_answers_holds_on_average_in_steps_of_one_document(make_documents: MakeDocuments) -> None:
+    documents = make_documents([20], [6])
+    phase = OnPolicyPhase(kind="on_policy", on_policy_fraction=0.3)
+    rollouts = Rollouts(phase, 0, Guard.of(phase), VOCABULARY, 512)
+    own = sum(len(rollouts._own(documents, [0], step)) for step in range(1000))
+    assert 250 < own < 350
+    assert rollouts._own(documents, [0, 0, 0], 5) == rollouts._own(documents, [0, 0, 0], 5)
+
+
+def test_the_student_draws_no_token_that_the_teachers_do_not_know(live: Live, make_documents: MakeDocuments) -> None:
+    """Padding rows of a head are ordinary columns to generation; here they would win every draw."""
+    documents = make_documents([20, 15], [6, 4], vocabulary=400)
+    model = live(attention="sdpa", tie_word_embeddings=False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[400:] *= 50
+    phase = OnPolicyPhase(kind="on_policy", max_new_tokens=8)
+    drawn = []
+    for vocabulary in (400, 512):
+        rollouts = Rollouts(phase, 0, Guard.of(phase.model_copy(update={"guard_window": 99})), vocabulary, 512)
+        made, chosen = rollouts.documents(model, documents, [0, 1], 0, World())
+        drawn.append(max(int(made.ids(index).max()) for index in chosen))
+    assert drawn[0] < 400 <= drawn[1]
+
+
+def test_unknown_tokens_are_refused(make_documents: MakeDocuments) -> None:
+    from distill.students.tutors import require_known
 
     with pytest.raises(DataError, match="mean the same to student"):
         require_known(make_documents([9], [3]), 2)
-    config = type("Config", (), {"eos_token_id": 7})
-    teacher = type("Teacher", (), {"generation_config": config, "config": config})
-    with pytest.raises(ModelError, match=r"ends its answers with \[7\], the student with 2"):
-        require_equal_ends(teacher, type("Tokenizer", (), {"eos_token_id": 2}), "big")
 
 
 # --- resume ---------------------------------------------------------------------------------------------------------
@@ -231,7 +252,7 @@ def made_trainer(kind: str, live: Live, documents: Documents, work: Path) -> Tra
         phase: KdPhase = OnPolicyPhase(
             kind="on_policy", max_new_tokens=5, batch_size=2, min_stop_rate=0, on_policy_fraction=0.5, **common
         )
-        rollouts = Rollouts(phase, 0, Guard.of(phase))  # type: ignore[arg-type]
+        rollouts = Rollouts(phase, 0, Guard.of(phase), VOCABULARY, 512)  # type: ignore[arg-type]
     else:
         given = {"taid": {"divergence": "taid"}, "hidden": {"hidden": {"weight": 0.5}}}[kind]
         phase, rollouts = KdPhase(kind="kd", teacher="memory", **common, **given), None  # type: ignore[arg-type]

@@ -190,13 +190,13 @@ def test_a_student_learns_on_what_it_writes_itself(
 ) -> None:
     phase = {
         "kind": "on_policy", "divergence": divergence, "max_new_tokens": 12, "min_stop_rate": 0, "max_steps": 4,
-        "on_policy_fraction": 0.5, "batch_size": 3, "checkpoint_every_steps": 2,
+        "on_policy_fraction": 1.0 if divergence == "sampled_reverse_kl" else 0.5, "batch_size": 3, "guard_window": 4,
     }  # fmt: skip
     recipe = write_recipe(**sections(tiny_model("llama"), teacher, phase))
     outcome = distill.run(recipe, runs=tmp_path / "runs", threads=1, quiet=True)
     again = distill.run(recipe, runs=tmp_path / "again", threads=1, quiet=True)
     assert outcome.results["train:0"].digest == again.results["train:0"].digest
-    assert len(metrics(outcome)) == 4
+    assert len(metrics(outcome)) == 4 and metrics(outcome)[-1]["stop_rate"] >= 0
 
 
 def test_a_student_that_does_not_stop_is_sent_back_to_supervised_training(
@@ -216,10 +216,65 @@ def test_teachers_of_another_family_and_unequal_ends_are_refused(
     with pytest.raises(ModelError, match=r"not the student's.*alignment: spans"):
         distill.run(write_recipe(**made), runs=tmp_path / "runs", threads=1, quiet=True)
     assert not list((tmp_path / "runs").glob("score/*/*.safetensors"))
-    ends = new_model(tmp_path / "ends", "llama", eos_token_id=5)
+    ends = new_model(tmp_path / "ends", "llama")
+    other_end(ends)
     made = sections(tiny_model("llama"), ends, {"kind": "on_policy", "max_new_tokens": 4})
     with pytest.raises(ModelError, match="equal end tokens"):
         distill.run(write_recipe(**made), runs=tmp_path / "runs", threads=1, quiet=True)
+
+
+def other_end(folder: Path) -> None:
+    """Let a model end its answers as an instruct twin of another base would."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|endoftext|>"}))
+
+
+@pytest.mark.parametrize("place", ["cache", "memory"])
+def test_a_teacher_that_ends_otherwise_speaks_for_the_students_end_token(
+    place: str, tiny_model: TinyModel, new_model: NewModel, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    """The teacher is the student with its two end tokens exchanged: there is nothing to learn."""
+    twin = new_model(tmp_path / "twin", "llama")
+    other_end(twin)
+    model = load_model(find_model(str(twin)))
+    with torch.no_grad():
+        rows = model.get_input_embeddings().weight
+        rows.copy_(load_model(find_model(str(tiny_model("llama")))).get_input_embeddings().weight)
+        head = torch.nn.Linear(rows.shape[1], rows.shape[0], bias=False)
+        head.weight.copy_(rows)
+        head.weight[[0, 2]] = rows[[2, 0]]  # <|endoftext|> and <|im_end|>
+    model.config.tie_word_embeddings = False
+    model.lm_head = head
+    model.save_pretrained(twin)
+    phase = {"max_steps": 1, "teacher": place}
+    recipe = write_recipe(**sections(tiny_model("llama"), twin, phase, form="topk", k=512))
+    outcome = distill.run(recipe, runs=tmp_path / "runs", threads=1, quiet=True)
+    assert abs(metrics(outcome)[0]["loss"]) < 1e-4
+    if place == "cache":
+        assert outcome.results["score:big"].counts["ends_exchanged"] == [2, 0]
+
+
+def test_generate_and_score_know_when_nothing_is_to_be_scored(
+    tiny_model: TinyModel, teacher: Path, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe = write_recipe(**sections(tiny_model("llama"), teacher, {"teacher": "memory"}))
+    outcome = distill.generate(recipe, runs=tmp_path / "runs", threads=1, quiet=True)
+    assert list(outcome.results) == ["prompts", "generate"]
+    with pytest.raises(RecipeError, match=r"a kd phase that reads their cache"):
+        distill.score(recipe, runs=tmp_path / "runs", threads=1, quiet=True)
+    cached = write_recipe(**sections(tiny_model("llama"), teacher))
+    assert "score:big" in distill.generate(cached, runs=tmp_path / "runs", threads=1, quiet=True).results
+
+
+def test_a_cache_serves_every_student_with_the_same_tokenizer(
+    tiny_model: TinyModel, new_model: NewModel, teacher: Path, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    other = new_model(tmp_path / "other", "qwen2", seed=9)
+    steps = []
+    for student, changes in ((tiny_model("llama"), {}), (other, {}), (other, {"k": 5}), (other, {"draws": 21})):
+        made = sections(student, teacher, **changes)
+        steps.append(distill.make_plan(write_recipe(**made), runs=tmp_path / "runs").steps["score:big"].identity)
+    assert steps[0] == steps[1] == steps[2] != steps[3], "k is nothing to drawn tokens"
 
 
 @pytest.mark.parametrize(
@@ -230,6 +285,10 @@ def test_teachers_of_another_family_and_unequal_ends_are_refused(
         ({"label_smoothing": 0.1}, {}, "belong to sft phases"),
         ({"hidden": {}}, {}, "set teacher: memory"),
         ({}, {"form": "sampled", "alignment": "spans"}, "set form: topk"),
+        ({"kind": "on_policy", "ce_weight": 0.5}, {}, "the tokens are the student's own"),
+        ({"kind": "on_policy", "loss_weights": {"think": 2}}, {}, "not split into parts"),
+        ({"kind": "on_policy", "divergence": "sampled_reverse_kl", "temperature": 2}, {}, "own draws alone"),
+        ({"replay": [{"name": "chats", "file": "chats.jsonl"}]}, {}, "its chats are in no cache"),
     ],
     ids=str,
 )

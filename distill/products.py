@@ -43,6 +43,16 @@ def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.T, None, "none", [], "")
 
 
+def batched_product(a_NMK: Tensor, b_NKL: Tensor) -> Tensor:
+    """torch's `bmm`, without gradients, in any layout."""
+    if not _by_onednn(a_NMK) or 0 in (*a_NMK.shape, *b_NKL.shape):
+        return torch.bmm(a_NMK, b_NKL)
+    out = a_NMK.new_empty(len(a_NMK), a_NMK.shape[1], b_NKL.shape[2])
+    for number, (a_MK, b_KL) in enumerate(zip(a_NMK, b_NKL)):
+        out[number] = product(a_MK, b_KL)
+    return out
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """torch's `linear`, with its gradients."""
     return _Linear.apply(x, weight, bias) if _by_onednn(x) else F.linear(x, weight, bias)

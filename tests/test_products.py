@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from distill.students import products
-from distill.students.products import linear, onednn_is_faster, product
+from distill import products
+from distill.products import linear, onednn_is_faster, product
 
 
 @pytest.fixture(params=[False, True], ids=["mkl", "onednn"], autouse=True)
