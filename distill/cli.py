@@ -37,7 +37,6 @@ app = typer.Typer(
 )
 
 STAGE_VERBS = {
-    "score": ("score", "Store the teachers' distributions over the selected traces, as logprobs asks for."),
     "eval": ("eval", "Measure teacher, base and student on the recipe's sets, with intervals."),
     "export": ("export", "Make the ONNX artifact and hold each variant against the recipe's gates."),
     "run": (None, "Run all of the recipe's stages, resuming where it stopped."),
@@ -292,6 +291,50 @@ def _print_shard(counts: Mapping[str, Any], as_json: bool) -> None:
         _print_json(counts)
     else:
         print(", ".join(f"{key} {value}" for key, value in counts.items()))
+
+
+@app.command("score")
+@guarded
+def score(
+    source: Annotated[
+        Path, typer.Argument(metavar="RECIPE.yaml|TRACES", help="A recipe, or a file of traces.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", metavar="MODEL", help="For a file of traces: the model that scores them."),
+    ] = None,
+    runs: RunsFolder = Path("runs"),
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    device: Device = "auto",
+    threads: Threads = 0,
+    quiet: Quiet = False,
+    accept_partial: Partial = False,
+) -> None:
+    """Store teachers' distributions over traces: those of a recipe with logprobs, or of a file.
+
+    A file (.jsonl, .json, .parquet) has columns question and response; prompts.0, teacher.recorded, logprobs and format
+    take overrides as in a recipe: teacher.recorded.response_column=text, logprobs.form=topk.
+    """
+    from distill import api
+    from distill.config import load_recipe, traces_recipe
+
+    if source.suffix in (".yaml", ".yml"):
+        if teacher:
+            raise RecipeError("--teacher is for a file of traces; a recipe names its teachers in logprobs.teachers")
+        loaded = load_recipe(source, overrides or ())
+    else:
+        if not teacher:
+            raise RecipeError(f"{source}: a file of traces takes --teacher MODEL, the model that scores them")
+        loaded = traces_recipe(source, teacher, overrides or ())
+    where: api.Where = {
+        "runs": runs, "device": device, "threads": threads, "quiet": quiet, "accept_partial": accept_partial,
+    }  # fmt: skip
+    if dry_run:
+        _print_plan(api.make_plan(loaded, **where), "score", as_json)
+    else:
+        _print_outcome(api.score(loaded, **where), "score", as_json)
 
 
 @app.command("select")

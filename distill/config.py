@@ -1361,6 +1361,24 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
     return validate(Recipe, values, "recipe", {})
 
 
+def traces_recipe(traces: Path, teacher: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe that only scores the traces of a file, all of them, with one model; overrides as in `load_recipe`."""
+    values: dict[str, Any] = {
+        "name": re.sub(r"[^A-Za-z0-9_.-]", "-", traces.stem).strip("-.") or "traces",
+        "prompts": [{"name": "traces", "file": str(traces), "gold_column": None}],
+        "teacher": {"engine": "recorded", "recorded": {"files": [str(traces)]}},
+        "select": {
+            "outcomes": ["correct", "wrong", "unverifiable", "timeout", "error"], "reasoning": "optional",
+            "per_prompt": "all", "loops": {"action": "ignore"}, "language_mix": {"action": "ignore"},
+            "refusals": {"action": "ignore"}, "near_duplicates": {"prompts": "ignore", "traces": "ignore"},
+        },
+        "logprobs": {"teachers": [{"name": "teacher", "model": teacher}]},
+    }  # fmt: skip
+    for override in overrides:
+        apply_override(values, override)
+    return validate(Recipe, values, str(traces), {})
+
+
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Set one `section.key=value` in place; lists take an index (`student.phases.0.lr=1e-5`)."""
     key, separator, text = override.partition("=")

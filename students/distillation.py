@@ -132,8 +132,7 @@ class Drawn(NamedTuple):
         """See `Known`; `measure` is forward KL, the only one that drawn tokens give without bias."""
         value = log_q_NV.new_zeros(len(log_q_NV))
         value.index_add_(0, self.row_E, -self.share_E * log_q_NV[self.row_E, self.id_E])
-        whole = log_q_NV.new_zeros(len(log_q_NV)).index_add_(0, self.row_E, self.share_E)
-        log_q_NV.exp_().mul_(whole[:, None])
+        log_q_NV.exp_()
         log_q_NV.index_put_((self.row_E, self.id_E), -self.share_E, accumulate=True)
         return value
 
@@ -233,17 +232,30 @@ def _band_to_gradient(
 ) -> Tensor:
     """Turn a few rows of logits into their gradients in place and fill `nll_N`; returns their summed loss."""
     logits = narrow_NV.to(weights_N.dtype, copy=True)
-    log_q = (logits[:, :vocabulary] / mix.temperature).log_softmax(-1)
+    if mix.temperature == 1 and vocabulary == logits.shape[1]:  # one softmax serves both losses
+        log_q = logits.log_softmax(-1)
+        nll_N.copy_(-log_q.gather(-1, targets_N[:, None])[:, 0])
+        by_text = _from_onehot(logits.copy_(log_q).exp_(), targets_N) if mix.ce else None
+    else:
+        log_q = (logits[:, :vocabulary] / mix.temperature).log_softmax(-1)
+        nll_N.copy_(nll_to_gradient(logits, targets_N))
+        by_text = logits
     value = known.pull_(log_q, mix.measure)
     # d/d logits of T**2 * D(logits / T) is T * the gradient by logits / T
-    pull = log_q.mul_(mix.kd * mix.temperature)
-    loss = mix.kd * mix.temperature**2 * value
-    nll_N.copy_(nll_to_gradient(logits, targets_N))
-    loss = loss + mix.ce * nll_N
-    gradient = logits.mul_(mix.ce)
-    gradient[:, :vocabulary].add_(pull)
-    narrow_NV.copy_(gradient.mul_(weights_N[:, None]))
-    return (weights_N * loss).sum()
+    pull = log_q.mul_((weights_N * (mix.kd * mix.temperature))[:, None])
+    if by_text is None:
+        narrow_NV.copy_(pull)
+    else:
+        gradient = by_text.mul_((weights_N * mix.ce)[:, None])
+        gradient[:, :vocabulary].add_(pull)
+        narrow_NV.copy_(gradient)
+    return (weights_N * (mix.kd * mix.temperature**2 * value + mix.ce * nll_N)).sum()
+
+
+def _from_onehot(q_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """The gradient of cross-entropy, q - onehot, in place."""
+    chosen = targets_N[:, None]
+    return q_NV.scatter_add_(-1, chosen, torch.full_like(chosen, -1, dtype=q_NV.dtype))
 
 
 class Logits(NamedTuple):

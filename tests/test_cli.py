@@ -20,7 +20,7 @@ from distill.records import Flag, Item, Message, Prompt, Teacher, Trace, Usage, 
 Cli = Callable[..., "conftest.Said"]  # type: ignore[name-defined]  # noqa: F821 - pytest keeps conftest out of reach
 
 HEAVY = ("torch", "transformers", "onnxruntime", "onnxruntime_genai", "datasets", "reasoning_gym", "sympy", "pandas")
-VERBS = (*STAGE_VERBS, "init", "generate", "select", "train", "report", "inspect", "verify", "doctor")
+VERBS = (*STAGE_VERBS, "init", "generate", "score", "select", "train", "report", "inspect", "verify", "doctor")
 
 
 def bare_environment() -> dict[str, str]:
