@@ -32,7 +32,8 @@ def test_a_file_of_traces_is_scored_without_a_recipe(cli: Cli, tiny_model: TinyM
     runs = tmp_path / "runs"
     said = cli(
         "score", traces(tmp_path, "text"), "teacher.recorded.response_column=text", "logprobs.form=topk",
-        "logprobs.k=4", "format.max_tokens=256", "--teacher", tiny_model("llama"), "--runs", runs, "--threads", 1, "--quiet", "--json",
+        "logprobs.k=4", "format.max_tokens=256", "--teacher", tiny_model("llama"), "--runs", runs, "--threads", 1,
+        "--quiet", "--json",
     )  # fmt: skip
     assert said.code == 0, said.err
     [manifest] = list(runs.glob("score/*/manifest.json"))
