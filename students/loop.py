@@ -105,10 +105,11 @@ class Trainer:
             if isinstance(module, torch.nn.Embedding):
                 # torch keeps the gradient of a padding id's row at zero; where pad == eos, that would be the end token
                 module.padding_idx = None
-        self.objective = StudentObjective(model, phase)
-        self.weights = make_weights(self.objective, precision, parallel, self.world)
+        objective = StudentObjective(model, phase)
+        self.weights = make_weights(objective, precision, parallel, self.world)
         check_kernel(phase.loss_kernel, model)
         self.optimizer = make_optimizer(self.weights, phase)
+        self.objective = self.weights.engage(objective, self.optimizer)
         self.mean = RunningMean(self.weights.params, phase.ema_decay) if phase.ema_decay else None
         self.stopping = Stopping(phase.early_stopping)
         self._writer = CheckpointWriter(work, phase.keep_checkpoints)
@@ -225,12 +226,9 @@ class Trainer:
         sums = StepSums(*self.world.sums(found))
         if sums.bad:
             self._refuse(step, sums.loss / max(sums.weight, 1e-9), math.nan)
-        norm = self.weights.average(sums.weight, self.phase.grad_clip)
+        norm = self.weights.step(self.optimizer, sums.weight, self.phase.grad_clip)
         if not math.isfinite(norm):
             self._refuse(step, sums.loss / sums.weight, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.weights.publish()
         if self.mean is not None:
             self.mean.update(self.weights.params)
         tokens = sum(int(self.documents.lengths[index]) for index in chosen)
@@ -251,7 +249,7 @@ class Trainer:
             pack = packs[place] if place < len(packs) else nothing(packs[0])
             with seeded(pack_seed(self.phase.seed, step, place), str(self.model.device)):
                 found = self.objective(PackTensors.of(pack, self.model.device))
-                found.total.backward()
+                self.weights.backward(found.total)
             own = found.total.detach().double().cpu()
             if not bool(torch.isfinite(own)):
                 bad = 1.0

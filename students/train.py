@@ -30,7 +30,7 @@ from distill.models import (
     quiet_loading,
     set_threads,
 )
-from distill.processes import launched
+from distill.processes import launched, shared_by
 from distill.progress import progress, say
 from distill.records import Example, Message, Prompt, read_records
 from distill.runs import OpenRun, RunOptions, Step, file_digest, follow_run, open_run
@@ -47,6 +47,7 @@ from .shards import tokenize, write_chats
 from .throughput import peak_flops, peak_memory_mb, shape_of
 from .trackers import require_trackers, trackers
 from .vocabulary import add_tokens
+from .zero import check_zero
 
 HELDOUT_SEED = "heldout"
 
@@ -59,6 +60,7 @@ def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
     require_peft(phase.lora)
     require_harness(phase.monitor)
     require_trackers(student.trackers)
+    check_zero(shared_by(student.parallel), phase, launched().size)
     if student.parallel == "fsdp" and launched().size == 1:
         raise TrainingError(
             "student.parallel is fsdp, but this is the only process; start it with torchrun --nproc-per-node N -m"
@@ -190,8 +192,9 @@ def train(ready: Ready, recipe: Recipe, run: OpenRun, world: World) -> dict[str,
     phase, student = ready.phase, ready.student
     checkpoint_activations(ready.model, phase)
     look = watcher(ready, recipe, run) if phase.monitor else None
+    parallel = shared_by(student.parallel)
     trainer = Trainer(
-        ready.model, ready.documents, phase, student.precision, run.work, ready.sources, world, student.parallel, look
+        ready.model, ready.documents, phase, student.precision, run.work, ready.sources, world, parallel, look
     )
     say_plan(trainer, run)
     append = write_metrics(run.path("metrics.jsonl"), trainer.resumed_from) if world.main else lambda values: None
@@ -341,10 +344,10 @@ def attention_for(student: StudentConfig, device: str) -> str:
 
 def save(trainer: Trainer, ready: Ready, recipe: Recipe, run: OpenRun) -> None:
     """Write the student as a plain checkpoint and check what was written; every process takes part."""
-    from .weights import Sharded
+    from .weights import Replica
 
     model = ready.model
-    if isinstance(trainer.weights, Sharded) or ready.phase.lora is not None:
+    if not isinstance(trainer.weights, Replica) or ready.phase.lora is not None:
         state = trainer.weights.state()
         model = plain_student(ready, state, recipe) if trainer.world.main else None
     if trainer.world.main:

@@ -263,7 +263,7 @@ def test_accelerate_launches_the_same_command(tiny_model: TinyModel, write_recip
     assert "train:0" in json.loads(said.stdout)["stages"]
 
 
-def test_shards_in_a_single_process_and_deepspeed_are_refused_with_the_reason(
+def test_shards_in_a_single_process_are_refused_with_the_reason(
     cli: Cli, tiny_model: TinyModel, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(**sections(tiny_model("llama"), tmp_path, parallel="fsdp"))
@@ -271,7 +271,8 @@ def test_shards_in_a_single_process_and_deepspeed_are_refused_with_the_reason(
     assert said.code == 2 and "start it with torchrun" in said.error_line and not (tmp_path / "runs").exists()
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     said = cli("train", recipe, "student.parallel=auto", "--runs", tmp_path / "runs", "-q")
-    assert said.code == 2 and "set student.parallel=fsdp" in said.error_line
+    assert said.code == 2 and "zero2 shards over several processes" in said.error_line
+    assert not (tmp_path / "runs").exists()
 
 
 # --- real ones ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """One process of a training that torchrun started: trains a tiny student and leaves what it ended with.
 
 usage: torchrun --nproc-per-node N train_in_ranks.py MODEL WORK OUT STRATEGY PRECISION [STOP_AFTER]
+
+STRATEGY is a value of `student.parallel`, with `-lora` for adapters, `-plain` for no running mean, `-recompute` for
+checkpointed activations.
 """
 
 import json
@@ -25,6 +28,7 @@ from distill.students.data import Documents
 from distill.students.distributed import joined_world
 from distill.students.loop import StepReport, Trainer, heldout_losses
 from distill.students.optimizers import optimizer_state
+from distill.students.train import checkpoint_activations
 
 LENGTHS, PROMPTS = [9, 14, 5, 6, 20, 12, 7, 11, 16, 8, 3, 25], [3, 1, 4, 2, 11, 6, 2, 5, 8, 4, 1, 7]
 
@@ -49,16 +53,19 @@ def enliven(model: Any) -> Any:
 def main() -> None:
     model_folder, work, out, strategy, precision, *stop_after = sys.argv[1:]
     torch.set_num_threads(1)
+    parallel, *extras = strategy.split("-")
     phase = SftPhase(
         kind="sft", lr=1e-3, epochs=3, step_tokens=64, micro_batch_tokens=24, weight_decay=0.1, grad_clip=0.5,
-        ema_decay=0.9, neftune_alpha=5.0, checkpoint_every_steps=2,
-        lora=Lora(rank=4, dropout=0.1) if strategy.endswith("lora") else None,
+        ema_decay=None if "plain" in extras else 0.9, neftune_alpha=5.0, checkpoint_every_steps=2,
+        lora=Lora(rank=4, dropout=0.1) if "lora" in extras else None,
     )  # fmt: skip
     made = documents()
     with joined_world("cpu") as world, graceful() as stop:
         exact = precision == "fp64"  # weights that are float64 stay so, and only the order of sums is left to differ
         dtype = "float64" if exact else "float32"
         model = enliven(load_model(find_model(model_folder), dtype, "cpu", PER_DOCUMENT))
+        if "recompute" in extras:
+            checkpoint_activations(model, phase.model_copy(update={"gradient_checkpointing": True}))
         if phase.lora:
             model = with_adapters(model, phase.lora, 0)
         trainer = Trainer(
@@ -68,7 +75,7 @@ def main() -> None:
             "fp32" if exact else precision,
             Path(work),
             world=world,
-            parallel=strategy.removesuffix("-lora"),
+            parallel=parallel,
         )
         losses = []
         try:
@@ -83,7 +90,14 @@ def main() -> None:
             raise SystemExit(143) from None
         heldout = heldout_losses(trainer, made)
         state, optimizer = trainer.weights.state(), optimizer_state(trainer.optimizer, trainer.weights)
-        seen = {"world": world.size, "dtensors": sum(isinstance(p, DTensor) for p in trainer.weights.params)}
+        params = trainer.weights.params
+        moments = [v for kept in trainer.optimizer.state.values() for v in kept.values() if v.ndim]
+        seen = {
+            "world": world.size,
+            "dtensors": sum(isinstance(p, DTensor) for p in params),
+            "gone": sum(p.numel() == 0 for p in params),
+            "own_moments": sum(v.numel() for v in moments),
+        }
         if world.main:
             torch.save({"weights": state, "optimizer": optimizer, "losses": losses, "heldout": heldout, **seen}, out)
 
