@@ -12,6 +12,7 @@ import importlib.util
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -53,7 +54,7 @@ def check_zero(parallel: str, phase: SftPhase, processes: int) -> None:
     }
     for reason, found in refused.items():
         if found:
-            raise TrainingError(f"{parallel} (DeepSpeed): {reason}, or set student.parallel=fsdp and launch without it")
+            raise TrainingError(f"{parallel} (DeepSpeed): {reason}, or set student.parallel=ddp and launch without it")
     _check_installed()
 
 
@@ -61,7 +62,7 @@ def _check_installed() -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise MissingExtraError("deepspeed", "deepspeed")
     found = importlib.metadata.version("deepspeed")
-    if tuple(int(part) for part in found.split("+")[0].split(".")[:3]) < OLDEST:
+    if tuple(map(int, re.findall(r"\d+", found)[:3])) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise TrainingError(
             f"deepspeed {found} is installed, which would pass over settings that sums and steps depend on; upgrade it"
