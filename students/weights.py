@@ -27,6 +27,8 @@ class Weights(Protocol):
 
     lockstep: bool
     """Whether all processes have to make each pass together, those without a pack too."""
+    scattered: bool
+    """Whether the model itself is in shards, so that it can only answer when gathered."""
     names: list[str]
     params: list[Tensor]
     """What the optimizer works on, in the order of `names` (where DeepSpeed joins it, the model's parameters)."""
@@ -72,7 +74,7 @@ class Replica:
     processes each adds up its own gradients, and the sums meet once a step, in fp32.
     """
 
-    lockstep = False
+    lockstep = scattered = False
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, world: World | None = None) -> None:
         self.world = world or World()
@@ -167,7 +169,7 @@ class Sharded:
     processes in fp32 at every pass.
     """
 
-    lockstep = True
+    lockstep = scattered = True
 
     def __init__(self, objective: nn.Module, dtype: torch.dtype, world: World) -> None:
         from torch.distributed.device_mesh import init_device_mesh

@@ -51,6 +51,9 @@ def check_zero(parallel: str, phase: SftPhase, processes: int) -> None:
         "ema_decay needs the masters of each parameter, which DeepSpeed joins and cuts; remove it": phase.ema_decay,
         "compile is not DeepSpeed's own, whose hooks it would trace; set compile=false": phase.compile,
         "lora.quantize nf4 leaves weights that are no floats; set lora.quantize=none": _is_quantized(phase),
+        "a monitor has the whole model answer, of which lora trains a part; remove monitor.sets and lm_eval": (
+            STAGES[parallel] == 3 and phase.lora and phase.monitor and (phase.monitor.sets or phase.monitor.lm_eval)
+        ),
     }
     for reason, found in refused.items():
         if found:
@@ -87,6 +90,7 @@ class ZeroSharded:
         self.names = trained_names(model)
         self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.dtype, self.world, self.stage = dtype, world, stage
+        self.scattered = stage == 3
         self.averaged_over = world.size if stage == 3 else 1  # stage 3 has no sums over processes, only means
         self.engine: Any = None
         self._weight, self._clip = 1.0, 1.0

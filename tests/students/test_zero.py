@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from distill.config import Lora, SftPhase
+from distill.config import Lora, Monitor, SftPhase
 from distill.errors import MissingExtraError, TrainingError
 from distill.processes import shared_by
 from distill.students.distributed import World
@@ -56,6 +56,12 @@ def test_what_it_cannot_do_is_refused_with_a_way_out(
     with pytest.raises(TrainingError, match=rf"{parallel} \(DeepSpeed\): {reason}.*or set student\.parallel=ddp"):
         check_zero(parallel, phase(**changes), 2)
     check_zero("fsdp", phase(**changes), 2)
+
+
+def test_adapters_whose_model_is_scattered_write_no_answers(phase: MakePhase) -> None:
+    watched = phase(lora=Lora(), monitor=Monitor(sets=["heldout"]))
+    with pytest.raises(TrainingError, match=r"lora trains a part; remove monitor\.sets"):
+        check_zero("zero3", watched, 2)
 
 
 def test_shards_take_several_processes(live: Live, phase: MakePhase) -> None:
