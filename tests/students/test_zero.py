@@ -172,6 +172,13 @@ def test_a_partitioned_model_counts_as_a_whole_one(live: Live) -> None:
     assert shape_of(model) == whole
 
 
+def test_parts_that_stage_3_keeps_join_to_the_whole_where_the_last_is_shorter() -> None:
+    model, value = torch.nn.Linear(5, 2, bias=False), torch.arange(1.0, 11.0).view(2, 5)
+    kept = SimpleNamespace(ds_tensor=torch.empty(4))
+    parts = [ZeroSharded(model, torch.float32, World(rank, 3), 3)._own_part(kept, value) for rank in range(3)]
+    assert [part.tolist() for part in parts] == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 0, 0]]
+
+
 # --- two processes with DeepSpeed -----------------------------------------------------------------------------------
 
 
