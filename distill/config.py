@@ -1084,9 +1084,10 @@ class StudentConfig(Section):
     attention: Literal["auto", "per_document", "flash_attention_2", "sdpa", "eager"] = unhashed("auto")
     """Attention for packed documents: flash-attention on CUDA, our per-document one elsewhere. `sdpa` and `eager` take
     a mask of the whole pack: slow, for checks."""
-    parallel: Literal["auto", "ddp", "fsdp"] = unhashed("auto")
+    parallel: Literal["auto", "ddp", "fsdp", "zero1", "zero2", "zero3"] = unhashed("auto")
     """With several processes (torchrun): `ddp` keeps a whole model in each, `fsdp` shards weights and optimizer over
-    them; `auto` is ddp."""
+    them, `zero1`, `zero2` and `zero3` let DeepSpeed shard optimizer, gradients and weights; `auto` is ddp, or what
+    accelerate was told of DeepSpeed."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = unhashed([])
     """Where metrics are also sent, beside metrics.jsonl."""
 

@@ -340,6 +340,13 @@ def quiet_loading() -> Iterator[None]:
 
 def choose_device(options: RunOptions) -> str:
     """The torch device to use: as asked, else CUDA, else CPU (Apple's MPS only on request)."""
+    device = _device(options)
+    if device == "cpu":  # DeepSpeed, which accelerate imports where it is installed, would say on stdout that it looked
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return device
+
+
+def _device(options: RunOptions) -> str:
     require_torch()
     import torch
 

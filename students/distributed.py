@@ -5,6 +5,7 @@ all of them; a process takes its share of each step's packs, and sums go over al
 """
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,7 +137,16 @@ def joined_world(device: str) -> Iterator[World]:
         dist.barrier()  # one that leaves early would cut the others' last words off
     finally:
         if owner:
-            dist.destroy_process_group()
+            _leave()
+
+
+def _leave() -> None:
+    """End all groups of processes; DeepSpeed, where it took part, has to forget its own, or it would use them again."""
+    zero = sys.modules.get("deepspeed.comm")
+    if zero is not None and zero.is_initialized():
+        zero.destroy_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def _own_device() -> str:

@@ -46,7 +46,7 @@ from .packing import (
 )
 from .stopping import Stopping
 from .tutors import Tutor
-from .weights import Sharded, make_weights
+from .weights import make_weights
 
 
 class StepReport(NamedTuple):
@@ -114,10 +114,11 @@ class Trainer:
             if isinstance(module, torch.nn.Embedding):
                 # torch keeps the gradient of a padding id's row at zero; where pad == eos, that would be the end token
                 module.padding_idx = None
-        self.objective = StudentObjective(model, phase)
-        self.weights = make_weights(self.objective, precision, parallel, self.world)
+        objective = self._plain = StudentObjective(model, phase)
+        self.weights = make_weights(objective, precision, parallel, self.world)
         check_kernel(phase.loss_kernel, model)
         self.optimizer = make_optimizer(self.weights, phase)
+        self.objective = self.weights.engage(objective, self.optimizer)
         self.mean = RunningMean(self.weights.params, phase.ema_decay) if phase.ema_decay else None
         self.stopping = Stopping(phase.early_stopping)
         self.last_lengths: list[int] = []
@@ -235,7 +236,7 @@ class Trainer:
         documents, chosen = self._material(step)
         packs = cut(chosen, documents, self.phase)
         if isinstance(self.phase, KdPhase):
-            self.objective.mix = mix_of(self.phase, step / max(1, len(self.plan) - 1))
+            self._plain.mix = mix_of(self.phase, step / max(1, len(self.plan) - 1))
         lr = learning_rate(self.phase, step, len(self.plan))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -243,12 +244,9 @@ class Trainer:
         sums = StepSums(*self.world.sums(found))
         if sums.bad:
             self._refuse(step, documents, chosen, sums.loss / max(sums.weight, 1e-9), math.nan)
-        norm = self.weights.average(sums.weight, self.phase.grad_clip)
+        norm = self.weights.step(self.optimizer, sums.weight, self.phase.grad_clip)
         if not math.isfinite(norm):
             self._refuse(step, documents, chosen, sums.loss / sums.weight, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.weights.publish()
         if self.mean is not None:
             self.mean.update(self.weights.params)
         self.last_lengths = [int(documents.lengths[index]) for index in chosen]
@@ -282,7 +280,7 @@ class Trainer:
             lesson = self.tutor.lesson(documents, pack, tensors) if self.tutor else None
             with seeded(pack_seed(self.phase.seed, step, place), str(self.model.device)):
                 found = self.objective(tensors, lesson)
-                found.total.backward()
+                self.weights.backward(found.total)
             own = found.total.detach().double().cpu()
             if not bool(torch.isfinite(own)):
                 bad = 1.0
@@ -312,8 +310,8 @@ def writing(trainer: Trainer) -> Iterator[Any]:
 
     Raises TrainingError for one in shards, which no process has as a whole.
     """
-    if isinstance(trainer.weights, Sharded):
-        raise TrainingError("an on_policy phase lets every process write answers; set student.parallel=ddp, not fsdp")
+    if trainer.weights.scattered:
+        raise TrainingError("an on_policy phase lets every process write answers; set student.parallel=ddp")
     model = trainer.model
     attention = model.config._attn_implementation
     model.set_attn_implementation("sdpa")

@@ -23,7 +23,6 @@ from distill.records import Prompt
 from distill.runs import RunOptions
 
 from .loop import Trainer, heldout_losses
-from .weights import Sharded
 
 LooksAt = Callable[[Trainer, int], Mapping[str, Any]]
 
@@ -84,7 +83,7 @@ class Watcher:
 def student_that_writes(trainer: Trainer) -> Iterator[Any]:
     """The student in a form that generates, in the main process; None in all others, which wait at the end."""
     model = trainer.model
-    if isinstance(trainer.weights, Sharded):
+    if trainer.weights.scattered:
         model = _gathered(trainer)
     attention = model.config._attn_implementation if model is not None else None
     try:

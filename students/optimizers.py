@@ -13,6 +13,7 @@ from distill.config import TrainingPhase
 from distill.errors import MissingExtraError, TrainingError
 
 from .weights import Sharded, Weights
+from .zero import ZeroSharded
 
 
 def learning_rate(phase: TrainingPhase, step: int, total: int) -> float:
@@ -54,7 +55,7 @@ def make_optimizer(weights: Weights, phase: TrainingPhase) -> Optimizer:
     betas = (phase.beta1, phase.beta2)
     if phase.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=phase.lr, betas=betas, fused=not isinstance(weights, Sharded))
-    if isinstance(weights, Sharded):
+    if isinstance(weights, Sharded | ZeroSharded):
         raise TrainingError(f"optimizer {phase.optimizer} does not work on shards; take adamw, or student.parallel=ddp")
     if phase.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, lr=phase.lr)
@@ -68,6 +69,8 @@ def make_optimizer(weights: Weights, phase: TrainingPhase) -> Optimizer:
 
 def optimizer_state(optimizer: Optimizer, weights: Weights) -> dict[str, dict[str, Any]]:
     """The optimizer's state by parameter name, whole and on the CPU."""
+    if isinstance(weights, ZeroSharded):
+        return weights.optimizer_state(optimizer)
     return {
         name: {key: weights.whole(v) if isinstance(v, Tensor) else v for key, v in optimizer.state[p].items()}
         for name, p in zip(weights.names, weights.params)
@@ -77,6 +80,9 @@ def optimizer_state(optimizer: Optimizer, weights: Weights) -> dict[str, dict[st
 
 def load_optimizer_state(optimizer: Optimizer, weights: Weights, state: Mapping[str, Mapping[str, Any]]) -> None:
     """Take over a state that `optimizer_state` gave, of any number of processes."""
+    if isinstance(weights, ZeroSharded):
+        weights.load_optimizer_state(optimizer, state)
+        return
     for name, p in zip(weights.names, weights.params):
         if name in state:
             optimizer.state[p] = {

@@ -40,16 +40,21 @@ class Shape(NamedTuple):
 
 def shape_of(model: Any) -> Shape:
     """The shape of a causal language model (of the base, where it carries adapters)."""
-    head = model.get_output_embeddings().weight.numel()
+    head = _size(model.get_output_embeddings().weight)
     vocabulary = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     body = sum(
-        p.numel()
+        _size(p)
         for name, p in model.named_parameters()
         if id(p) not in vocabulary and not any(part in name for part in ADAPTERS)
     )
     config = model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(body, head, config.num_hidden_layers * config.num_attention_heads * size)
+
+
+def _size(parameter: Any) -> int:
+    """Elements of the whole, where DeepSpeed keeps a part of it too."""
+    return int(getattr(parameter, "ds_numel", None) or parameter.numel())
 
 
 @functools.cache

@@ -31,7 +31,7 @@ from distill.models import (
     quiet_loading,
     set_threads,
 )
-from distill.processes import launched
+from distill.processes import launched, shared_by
 from distill.progress import progress, say
 from distill.records import Example, Message, Prompt, read_records
 from distill.runs import OpenRun, RunOptions, Step, file_digest, follow_run, open_run
@@ -50,6 +50,7 @@ from .throughput import peak_flops, peak_memory_mb, shape_of
 from .trackers import require_trackers, trackers
 from .tutors import Tutor, TutorInMemory, cached_tutor, require_teachers, tutor_in_memory
 from .vocabulary import add_tokens
+from .zero import check_zero
 
 HELDOUT_SEED = "heldout"
 
@@ -62,6 +63,7 @@ def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
     require_peft(phase.lora)
     require_harness(phase.monitor)
     require_trackers(student.trackers)
+    check_zero(shared_by(student.parallel), phase, launched().size)
     if student.parallel == "fsdp" and launched().size == 1:
         raise TrainingError(
             "student.parallel is fsdp, but this is the only process; start it with torchrun --nproc-per-node N -m"
@@ -71,9 +73,10 @@ def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
     if isinstance(phase, KdPhase) and phase.teacher == "memory":
         assert recipe.logprobs is not None  # the recipe's own validation
         require_teachers(recipe.logprobs, phase, load_tokenizer(source), recipe.format.max_tokens)
-    if isinstance(phase, OnPolicyPhase) and student.parallel == "fsdp":
+    if isinstance(phase, OnPolicyPhase) and (shared := shared_by(student.parallel)) in ("fsdp", "zero3"):
         raise TrainingError(
-            "student.parallel is fsdp, but in an on_policy phase every process writes answers; set student.parallel=ddp"
+            f"student.parallel is {shared}, which scatters the model, but in an on_policy phase every process writes"
+            " answers; set student.parallel=ddp, zero1 or zero2"
         )
     if "model" in step.upstream:
         return
@@ -209,7 +212,7 @@ def train(ready: Ready, recipe: Recipe, run: OpenRun, world: World) -> dict[str,
         run.work,
         ready.sources,
         world,
-        student.parallel,
+        shared_by(student.parallel),
         look,
         tutor,
         rollouts_of(phase, ready, tutor) if isinstance(phase, OnPolicyPhase) else None,
@@ -379,10 +382,10 @@ def attention_for(student: StudentConfig, device: str) -> str:
 
 def save(trainer: Trainer, ready: Ready, recipe: Recipe, run: OpenRun) -> None:
     """Write the student as a plain checkpoint and check what was written; every process takes part."""
-    from .weights import Sharded
+    from .weights import Replica
 
     model = ready.model
-    if isinstance(trainer.weights, Sharded) or ready.phase.lora is not None:
+    if not isinstance(trainer.weights, Replica) or ready.phase.lora is not None:
         state = trainer.weights.state()
         model = plain_student(ready, state, recipe) if trainer.world.main else None
     if trainer.world.main:

@@ -1,17 +1,19 @@
 """The weights that an optimizer works on, whatever the model computes in and wherever they lie.
 
 `Replica` keeps fp32 master weights beside a model that computes in bf16 (or is the model itself in fp32), whole in
-every process. `Sharded` leaves them to FSDP2: fp32 shards, gathered and rounded layer by layer. Both turn sums of
-gradients into means, hand out and take whole tensors by parameter name, and so share checkpoints with any number of
-processes.
+every process. `Sharded` leaves them to FSDP2: fp32 shards, gathered and rounded layer by layer; `zero.ZeroSharded` to
+DeepSpeed. All turn sums of gradients into means, hand out and take whole tensors by parameter name, and so share
+checkpoints with any number of processes.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
 
 from distill.errors import TrainingError
 
@@ -25,12 +27,23 @@ class Weights(Protocol):
 
     lockstep: bool
     """Whether all processes have to make each pass together, those without a pack too."""
+    scattered: bool
+    """Whether the model itself is in shards, so that it can only answer when gathered."""
     names: list[str]
     params: list[Tensor]
-    """What the optimizer works on, in the order of `names`."""
+    """What the optimizer works on, in the order of `names` (where DeepSpeed joins it, the model's parameters)."""
 
-    def average(self, weight: float, clip: float) -> float:
-        """Turn summed gradients into means over `weight`, of norm `clip` at most; returns the norm before."""
+    def engage(self, objective: Any, optimizer: Optimizer) -> Any:
+        """Take both into service, before the first pass; returns what to call in the objective's place."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a pass's summed loss up."""
+
+    def step(self, optimizer: Optimizer, weight: float, clip: float) -> float:
+        """Step with the mean gradient over `weight`, of norm `clip` at most, and clear it; returns the norm before.
+
+        Where that is not finite, nothing is stepped.
+        """
 
     def publish(self) -> None:
         """Let the model compute with what the optimizer has made."""
@@ -61,7 +74,7 @@ class Replica:
     processes each adds up its own gradients, and the sums meet once a step, in fp32.
     """
 
-    lockstep = False
+    lockstep = scattered = False
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, world: World | None = None) -> None:
         self.world = world or World()
@@ -91,9 +104,24 @@ class Replica:
 
         return hook
 
+    def engage(self, objective: Any, optimizer: Optimizer) -> Any:
+        """See `Weights`."""
+        return objective
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Weights`."""
+        loss.backward()
+
+    def step(self, optimizer: Optimizer, weight: float, clip: float) -> float:
+        """See `Weights`."""
+        return _step(self, optimizer, weight, clip)
+
     @torch.no_grad()
     def average(self, weight: float, clip: float) -> float:
-        """See `Weights`. Done here, once a step and in fp32: scaling the loss would round 1 / weight to bf16."""
+        """Turn summed gradients into means over `weight`, of norm `clip` at most; returns the norm before.
+
+        Done here, once a step and in fp32: scaling the loss would round 1 / weight to bf16.
+        """
         gradients = self._gradients()
         self.world.sum_(gradients)
         norm = float(get_total_norm(gradients)) / weight
@@ -141,7 +169,7 @@ class Sharded:
     processes in fp32 at every pass.
     """
 
-    lockstep = True
+    lockstep = scattered = True
 
     def __init__(self, objective: nn.Module, dtype: torch.dtype, world: World) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -168,9 +196,21 @@ class Sharded:
         self.names = trained_names(model)
         self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
 
+    def engage(self, objective: Any, optimizer: Optimizer) -> Any:
+        """See `Weights`."""
+        return objective
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Weights`."""
+        loss.backward()
+
+    def step(self, optimizer: Optimizer, weight: float, clip: float) -> float:
+        """See `Weights`."""
+        return _step(self, optimizer, weight, clip)
+
     @torch.no_grad()
     def average(self, weight: float, clip: float) -> float:
-        """See `Weights`."""
+        """As `Replica.average`."""
         gradients = [p.grad for p in self.params if p.grad is not None]
         norm = float(_full(get_total_norm(gradients))) / weight
         factor = min(1.0, clip / (norm + 1e-6)) / weight
@@ -203,6 +243,16 @@ class Sharded:
         return distribute_tensor(tensor.to(param.device), param.device_mesh, param.placements)
 
 
+def _step(weights: Replica | Sharded, optimizer: Optimizer, weight: float, clip: float) -> float:
+    """`Weights.step` where gradients and optimizer are torch's own."""
+    norm = weights.average(weight, clip)
+    if math.isfinite(norm):
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        weights.publish()
+    return norm
+
+
 def _full(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor; others as they are."""
     gather = getattr(tensor, "full_tensor", None)
@@ -212,8 +262,13 @@ def _full(tensor: Tensor) -> Tensor:
 def make_weights(objective: Any, precision: str, parallel: str, world: World) -> Weights:
     """The weights of an objective as `student.parallel` says.
 
-    Raises TrainingError for `fsdp` in a single process.
+    Raises TrainingError for `fsdp` in a single process, and for what DeepSpeed cannot do (see `zero.check_zero`).
     """
+    from .zero import STAGES, ZeroSharded, check_zero
+
+    check_zero(parallel, objective.phase, world.size)
+    if parallel in STAGES:
+        return ZeroSharded(objective.model, DTYPES[precision], world, STAGES[parallel])
     if parallel != "fsdp":
         return Replica(objective.model, DTYPES[precision], world)
     if world.size == 1:

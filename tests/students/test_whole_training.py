@@ -216,7 +216,7 @@ def test_the_packing_check_sees_eager_and_sdpa_packs_as_sound_too(live: Any, mak
 
 def run_in_ranks(launcher: list[str], recipe: Path, runs: Path, *words: str) -> subprocess.CompletedProcess[str]:
     given = ["-m", "distill", "train", str(recipe), "--runs", str(runs), "--threads", "1", "--json", *words]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(
         [sys.executable, "-m", *launcher, *given], capture_output=True, text=True, timeout=280, env=environment
     )
@@ -263,7 +263,34 @@ def test_accelerate_launches_the_same_command(tiny_model: TinyModel, write_recip
     assert "train:0" in json.loads(said.stdout)["stages"]
 
 
-def test_shards_in_a_single_process_and_deepspeed_are_refused_with_the_reason(
+@pytest.mark.full
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_accelerate_hands_two_phases_to_deepspeed_and_the_student_is_the_same(
+    stage: int, tiny_model: TinyModel, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    first = {
+        "monitor": {"every_steps": 4, "sets": ["heldout"], "problems": 2, "max_new_tokens": 4},
+        "heldout_traces": 3,
+        "early_stopping": {"patience": 2},
+    }
+    recipe = write_recipe(**sections(tiny_model("qwen3"), tmp_path, first, {"epochs": 1, "seed": 1}))
+    launcher = ["accelerate.commands.launch", "--use_deepspeed", "--zero_stage", str(stage), "--num_machines", "1",
+                "--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no",
+                "--main_process_port", free_port()]  # fmt: skip
+    said = run_in_ranks(launcher, recipe, tmp_path / "two")
+    assert said.returncode == 0, said.stderr[-3000:]
+    stages = json.loads(said.stdout)["stages"]
+    alone = distill.train(recipe, runs=tmp_path / "one", threads=1, quiet=True).results
+    for label in ("train:0", "train:1"):
+        folder = Path(stages[label]["folder"]) / "model"
+        ours, theirs = (load_model(find_model(str(f))) for f in (folder, alone[label].path("model")))
+        with torch.no_grad():
+            assert max(float((a - b).abs().max()) for a, b in zip(ours.parameters(), theirs.parameters())) < 1e-5
+        assert abs(stages[label]["counts"]["last_loss"] - alone[label].counts["last_loss"]) < 1e-5
+
+
+def test_shards_in_a_single_process_are_refused_with_the_reason(
     cli: Cli, tiny_model: TinyModel, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(**sections(tiny_model("llama"), tmp_path, parallel="fsdp"))
@@ -271,7 +298,8 @@ def test_shards_in_a_single_process_and_deepspeed_are_refused_with_the_reason(
     assert said.code == 2 and "start it with torchrun" in said.error_line and not (tmp_path / "runs").exists()
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     said = cli("train", recipe, "student.parallel=auto", "--runs", tmp_path / "runs", "-q")
-    assert said.code == 2 and "set student.parallel=fsdp" in said.error_line
+    assert said.code == 2 and "zero2 shards over several processes" in said.error_line
+    assert not (tmp_path / "runs").exists()
 
 
 # --- real ones ------------------------------------------------------------------------------------------------------

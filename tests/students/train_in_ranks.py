@@ -1,9 +1,13 @@
 """One process of a training that torchrun started: trains a tiny student and leaves what it ended with.
 
 usage: torchrun --nproc-per-node N train_in_ranks.py MODEL WORK OUT STRATEGY PRECISION [STOP_AFTER]
+
+STRATEGY is a value of `student.parallel`, with `-lora` for adapters, `-plain` for no running mean, `-recompute` for
+checkpointed activations, `-poisoned` for an infinite gradient in the third step.
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -17,14 +21,15 @@ from torch.distributed.tensor import DTensor
 from distill.attention import PER_DOCUMENT
 from distill.config import Lora, SftPhase
 from distill.documents import Documents
-from distill.errors import Interrupted
+from distill.errors import Interrupted, TrainingError
 from distill.format import Document
-from distill.interrupts import graceful
+from distill.interrupts import Stop, graceful
 from distill.models import find_model, load_model
 from distill.students.adapters import with_adapters
 from distill.students.distributed import joined_world
 from distill.students.loop import StepReport, Trainer, heldout_losses
 from distill.students.optimizers import optimizer_state
+from distill.students.train import checkpoint_activations
 
 LENGTHS, PROMPTS = [9, 14, 5, 6, 20, 12, 7, 11, 16, 8, 3, 25], [3, 1, 4, 2, 11, 6, 2, 5, 8, 4, 1, 7]
 
@@ -46,44 +51,61 @@ def enliven(model: Any) -> Any:
     return model
 
 
+def student(folder: str, dtype: str, phase: SftPhase) -> Any:
+    model = enliven(load_model(find_model(folder), dtype, "cpu", PER_DOCUMENT))
+    checkpoint_activations(model, phase)
+    return with_adapters(model, phase.lora, 0) if phase.lora else model
+
+
+def trained(trainer: Trainer, stop: Stop, out: Path, stop_after: int | None, poisoned: bool) -> list[list[float]]:
+    losses: list[list[float]] = []
+    try:
+        for report in trainer.run(stop):
+            assert isinstance(report, StepReport)
+            losses.append([report.step, report.loss, report.grad_norm, report.packs])
+            if poisoned and report.step == 2 and trainer.world.main:
+                next(trainer.model.parameters()).register_hook(lambda gradient: gradient * math.inf)
+            if report.step == stop_after and trainer.world.rank == trainer.world.size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)  # one of them only: the others must learn of it
+    except Interrupted:
+        if trainer.world.main:
+            out.with_suffix(".stopped").write_text(json.dumps(losses))
+        raise SystemExit(143) from None
+    except TrainingError:
+        left = trainer.weights.state()
+        if trainer.world.main:
+            torch.save(left, out.with_suffix(".poisoned"))
+        raise
+    return losses
+
+
 def main() -> None:
     model_folder, work, out, strategy, precision, *stop_after = sys.argv[1:]
     torch.set_num_threads(1)
+    parallel, *extras = strategy.split("-")
     phase = SftPhase(
         kind="sft", lr=1e-3, epochs=3, step_tokens=64, micro_batch_tokens=24, weight_decay=0.1, grad_clip=0.5,
-        ema_decay=0.9, neftune_alpha=5.0, checkpoint_every_steps=2,
-        lora=Lora(rank=4, dropout=0.1) if strategy.endswith("lora") else None,
+        ema_decay=None if "plain" in extras else 0.9, neftune_alpha=5.0, checkpoint_every_steps=2,
+        lora=Lora(rank=4, dropout=0.1) if "lora" in extras else None, gradient_checkpointing="recompute" in extras,
     )  # fmt: skip
     made = documents()
     with joined_world("cpu") as world, graceful() as stop:
         exact = precision == "fp64"  # weights that are float64 stay so, and only the order of sums is left to differ
-        dtype = "float64" if exact else "float32"
-        model = enliven(load_model(find_model(model_folder), dtype, "cpu", PER_DOCUMENT))
-        if phase.lora:
-            model = with_adapters(model, phase.lora, 0)
-        trainer = Trainer(
-            model,
-            made,
-            phase,
-            "fp32" if exact else precision,
-            Path(work),
-            world=world,
-            parallel=strategy.removesuffix("-lora"),
-        )
-        losses = []
-        try:
-            for report in trainer.run(stop):
-                assert isinstance(report, StepReport)
-                losses.append([report.step, report.loss, report.grad_norm, report.packs])
-                if stop_after and report.step == int(stop_after[0]) and world.rank == world.size - 1:
-                    os.kill(os.getpid(), signal.SIGTERM)  # one of them only: the others must learn of it
-        except Interrupted:
-            if world.main:
-                Path(out).with_suffix(".stopped").write_text(json.dumps(losses))
-            raise SystemExit(143) from None
+        model = student(model_folder, "float64" if exact else "float32", phase)
+        computing = "fp32" if exact else precision
+        trainer = Trainer(model, made, phase, computing, Path(work), world=world, parallel=parallel)
+        params = trainer.weights.params
+        seen = {
+            "world": world.size,
+            "dtensors": sum(isinstance(p, DTensor) for p in params),
+            "gone": sum(p.numel() == 0 for p in params),
+        }
+        last = int(stop_after[0]) if stop_after else None
+        losses = trained(trainer, stop, Path(out), last, "poisoned" in extras)
         heldout = heldout_losses(trainer, made)
         state, optimizer = trainer.weights.state(), optimizer_state(trainer.optimizer, trainer.weights)
-        seen = {"world": world.size, "dtensors": sum(isinstance(p, DTensor) for p in trainer.weights.params)}
+        moments = [v for kept in trainer.optimizer.state.values() for v in kept.values()]
+        seen["own_moments"] = sum(v.numel() for v in moments if v.ndim)
         if world.main:
             torch.save({"weights": state, "optimizer": optimizer, "losses": losses, "heldout": heldout, **seen}, out)
 
