@@ -186,11 +186,11 @@ def test_check_finds_nothing_wrong_with_a_sound_recipe_and_seals_no_training(
 def test_check_fails_with_exit_3_where_documents_see_one_another(
     cli: Cli, tiny_model: TinyModel, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from distill.students import objective
+    from distill import attention
 
     recipe = write_recipe(**sections(tiny_model("llama"), tmp_path, attention="sdpa"))
     # what a collator without packing support sends: a mask of ones over the whole pack
-    monkeypatch.setattr(objective, "block_mask", lambda bounds, *_: torch.ones(1, bounds[-1], dtype=torch.long))
+    monkeypatch.setattr(attention, "block_mask", lambda bounds, *_: torch.ones(1, bounds[-1], dtype=torch.long))
     said = cli("train", recipe, "--runs", tmp_path / "runs", "--threads", 1, "-q")
     assert said.code == 2 and "error: packing: packed against alone" in said.err
     said = cli("check", recipe, "--runs", tmp_path / "runs", "--threads", 1, "--json", "-q")
