@@ -23,6 +23,7 @@ from distill.token_store import tokenizer_digest
 from distill.vocabularies import different_ends, shared_vocabulary
 
 from .distillation import CutHead, Drawn, DrawnBy, Head, InMemory, Known, Masked, Targets, Together
+from .fused import lean
 from .hidden import HiddenMatch, attach, captured_by
 from .objective import Lesson, PackTensors, as_attended
 from .packing import Pack
@@ -184,7 +185,8 @@ class TutorInMemory(NamedTuple):
 
     def _read(self, model: Any, tensors: PackTensors) -> Tensor:
         cells = as_attended(tensors, model.config._attn_implementation)
-        hidden = final_hidden(model, cells.ids_BT, cells.positions_BT, cells.bounds)
+        with lean(model):
+            hidden = final_hidden(model, cells.ids_BT, cells.positions_BT, cells.bounds)
         return hidden.flatten(0, 1)[tensors.rows_N]
 
 

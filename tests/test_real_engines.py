@@ -256,3 +256,48 @@ def test_vllm_writes_and_scores_what_transformers_does(smollm2: Path, tmp_path: 
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["texts"] == found["equal_texts"] == 8 and found["sampled"] == 32
     assert found["equal_top_ids"] > 0.99 and found["largest_difference_nats"] < 1e-3
+
+
+@needs_vllm
+def test_vllm_stores_the_distributions_that_transformers_does(smollm2: Path, tmp_path: Path) -> None:
+    from distill.logprobs import LogprobCache
+
+    source = {"name": "sums", "reasoning_gym": {"task": "basic_arithmetic", "size": 12, "seed": 5}}
+    caches = []
+    for engine, python in (("vllm", VLLM_PYTHON), ("transformers", sys.executable)):
+        teacher = {"name": engine, "model": str(smollm2), "engine": engine, "precision": "bf16"}
+        sections = {
+            "name": "scored", "prompts": [source], "teacher": {"engine": "solver"}, "format": {"max_tokens": 512},
+            "logprobs": {"teachers": [teacher], "form": "topk", "k": 8},
+        }  # fmt: skip
+        recipe = tmp_path / f"{engine}.yaml"
+        recipe.write_text(json.dumps(sections))
+        command = [
+            str(python),
+            "-m",
+            "distill.cli",
+            "score",
+            str(recipe),
+            "--threads",
+            "1",
+            "--runs",
+            tmp_path / "runs",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        [folder] = list((tmp_path / "runs/score").glob(f"scored-{engine}-*"))
+        caches.append(LogprobCache(folder))
+    served, plain = caches
+    assert len(served) == len(plain) == 12 and served.manifest["rows"] == plain.manifest["rows"]
+    from safetensors.numpy import load_file
+
+    one, two = (load_file(cache.folder / "shard-00000.safetensors") for cache in caches)
+    places = [list(map(bytes, tensors["keys"])) for tensors in (one, two)]
+    for key in places[0]:
+        (a, b), (c, d) = (
+            tensors["row_bounds"][place.index(key) : place.index(key) + 2]
+            for tensors, place in zip((one, two), places)
+        )  # fmt: skip
+        assert (one["head_ids"][a:b, 0] == two["head_ids"][c:d, 0]).all(axis=-1).mean() > 0.95
+        assert abs(one["head_logprobs"][a:b, 0] - two["head_logprobs"][c:d, 0]).max() < 0.2
+        assert abs(one["tail_logprob"][a:b] - two["tail_logprob"][c:d])[two["tail_logprob"][c:d] > -6].max() < 0.3
