@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from distill.config import Recipe, SftPhase, TrainingPhase
+from distill.config import KdPhase, Recipe, SftPhase, TrainingPhase
 from distill.documents import Documents
 from distill.engines.transformers import end_ids
 from distill.errors import TrainingError
@@ -304,6 +304,8 @@ def cost(subject: Subject) -> Finding:
         f" {tokens:,} tokens; peak memory {peak_memory_mb(device) / 1e3:,.1f} GB with this probe's copy of the model"
         f" ({time.perf_counter() - started:,.0f} s for this estimate)"
     )
+    if isinstance(phase, KdPhase):
+        detail += "; that is with cross-entropy: what teachers and the student's own answers take comes on top"
     return Finding("cost", "note", detail)
 
 

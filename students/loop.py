@@ -54,7 +54,8 @@ class StepReport(NamedTuple):
 
     step: int
     loss: float
-    """Weighted mean cross-entropy over the step's supervised tokens, in nats (smoothing and z-loss included)."""
+    """Weighted mean of what is minimised over the step's supervised tokens, in nats: cross-entropy with smoothing and
+    z-loss, or the divergence to the teachers with its weights."""
     lr: float
     grad_norm: float
     tokens: int

@@ -75,6 +75,14 @@ def test_a_training_goes_on_with_another_number_of_processes(
 
 
 @pytest.mark.full
+@pytest.mark.parametrize(("parallel", "kind"), [("ddp", "kd"), ("fsdp", "kd"), ("ddp", "onpolicy")])
+def test_two_processes_distil_what_one_does(parallel: str, kind: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    one = trained(1, tiny_model("llama"), tmp_path / "one", f"ddp-{kind}-plain")
+    both = trained(2, tiny_model("llama"), tmp_path / "both", f"{parallel}-{kind}-plain")
+    assert both["world"] == 2 and difference(both, one) < 1e-6
+
+
+@pytest.mark.full
 def test_adapters_train_in_shards_too(tiny_model: TinyModel, tmp_path: Path) -> None:
     one = trained(1, tiny_model("llama"), tmp_path / "one", "ddp-lora")
     both = trained(2, tiny_model("llama"), tmp_path / "both", "fsdp-lora")

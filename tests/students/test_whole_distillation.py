@@ -369,3 +369,14 @@ def test_the_card_names_whose_distributions_were_learned(
     card = outcome.results["train:0"].path("model/README.md").read_text()
     assert "### Distributions" in card and "| big |" in card and "20 tokens drawn" in card
     assert "cc-by-nc-4.0" in card and str(teacher) not in card
+
+
+def test_check_looks_at_a_distilling_phase_without_its_cache(
+    cli: Cli, tiny_model: TinyModel, teacher: Path, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe = write_recipe(**sections(tiny_model("llama"), teacher))
+    said = cli("check", recipe, "--runs", tmp_path / "runs", "--threads", 1, "--json", "-q")
+    assert said.code == 0, said.err
+    found = {one["name"]: one for one in said.json}
+    assert "with cross-entropy" in found["cost"]["detail"]
+    assert not (tmp_path / "runs" / "score").exists()

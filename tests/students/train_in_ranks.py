@@ -19,7 +19,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from distill.attention import PER_DOCUMENT
-from distill.config import Lora, SftPhase
+from distill.config import KdPhase, Lora, OnPolicyPhase, SftPhase, TrainingPhase
 from distill.documents import Documents
 from distill.errors import Interrupted, TrainingError
 from distill.format import Document
@@ -28,8 +28,10 @@ from distill.models import find_model, load_model
 from distill.students.adapters import with_adapters
 from distill.students.distributed import joined_world
 from distill.students.loop import StepReport, Trainer, heldout_losses
+from distill.students.on_policy import Guard, Rollouts
 from distill.students.optimizers import optimizer_state
 from distill.students.train import checkpoint_activations
+from distill.students.tutors import TutorInMemory
 
 LENGTHS, PROMPTS = [9, 14, 5, 6, 20, 12, 7, 11, 16, 8, 3, 25], [3, 1, 4, 2, 11, 6, 2, 5, 8, 4, 1, 7]
 
@@ -51,10 +53,29 @@ def enliven(model: Any) -> Any:
     return model
 
 
-def student(folder: str, dtype: str, phase: SftPhase) -> Any:
+def student(folder: str, dtype: str, phase: TrainingPhase) -> Any:
     model = enliven(load_model(find_model(folder), dtype, "cpu", PER_DOCUMENT))
     checkpoint_activations(model, phase)
     return with_adapters(model, phase.lora, 0) if phase.lora else model
+
+
+def teacher(folder: str, dtype: str) -> Any:
+    """Another model of the same kind."""
+    model = load_model(find_model(folder), dtype, "cpu", PER_DOCUMENT)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(12)
+    return model
+
+
+def phase_of(extras: list[str], **given: Any) -> TrainingPhase:
+    """The phase of a strategy: `kd` and `onpolicy` among its extras distil from a teacher in memory."""
+    if "kd" in extras:
+        return KdPhase(kind="kd", teacher="memory", divergence="jsd", ce_weight=0.3, **given)
+    if "onpolicy" in extras:
+        return OnPolicyPhase(
+            kind="on_policy", max_new_tokens=5, batch_size=2, min_stop_rate=0, on_policy_fraction=0.5, **given
+        )
+    return SftPhase(kind="sft", **given)
 
 
 def trained(trainer: Trainer, stop: Stop, out: Path, stop_after: int | None, poisoned: bool) -> list[list[float]]:
@@ -83,8 +104,8 @@ def main() -> None:
     model_folder, work, out, strategy, precision, *stop_after = sys.argv[1:]
     torch.set_num_threads(1)
     parallel, *extras = strategy.split("-")
-    phase = SftPhase(
-        kind="sft", lr=1e-3, epochs=3, step_tokens=64, micro_batch_tokens=24, weight_decay=0.1, grad_clip=0.5,
+    phase = phase_of(
+        extras, lr=1e-3, epochs=3, step_tokens=64, micro_batch_tokens=24, weight_decay=0.1, grad_clip=0.5,
         ema_decay=None if "plain" in extras else 0.9, neftune_alpha=5.0, checkpoint_every_steps=2,
         lora=Lora(rank=4, dropout=0.1) if "lora" in extras else None, gradient_checkpointing="recompute" in extras,
     )  # fmt: skip
@@ -93,7 +114,12 @@ def main() -> None:
         exact = precision == "fp64"  # weights that are float64 stay so, and only the order of sums is left to differ
         model = student(model_folder, "float64" if exact else "float32", phase)
         computing = "fp32" if exact else precision
-        trainer = Trainer(model, made, phase, computing, Path(work), world=world, parallel=parallel)
+        taught: dict[str, Any] = {}
+        if isinstance(phase, KdPhase):
+            taught["tutor"] = TutorInMemory([teacher(model_folder, "float64" if exact else "float32")], [1.0], 512, 1.0)
+        if isinstance(phase, OnPolicyPhase):
+            taught["rollouts"] = Rollouts(phase, 0, Guard.of(phase), 512, 64)
+        trainer = Trainer(model, made, phase, computing, Path(work), world=world, parallel=parallel, **taught)
         params = trainer.weights.params
         seen = {
             "world": world.size,
