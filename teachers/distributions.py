@@ -61,7 +61,7 @@ def drawn(log_p_NV: Tensor, uniforms_ND: Array) -> tuple[Array, Array, Array]:
 
     A row without any mass has no draws.
     """
-    steps = log_p_NV.double().exp_().cumsum(-1)
+    steps = log_p_NV.exp().cumsum(-1, dtype=torch.float64)
     points = torch.from_numpy(uniforms_ND).to(steps.device) * steps[:, -1:]
     found = torch.searchsorted(steps, points, right=True).clamp_max_(log_p_NV.shape[1] - 1).sort(-1).values
     width = log_p_NV.shape[1]
