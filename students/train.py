@@ -69,10 +69,10 @@ def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
             "student.parallel is fsdp, but this is the only process; start it with torchrun --nproc-per-node N -m"
             " distill train …, or set student.parallel=auto"
         )
-    source = find_model(student.init, student.revision)
     if isinstance(phase, KdPhase) and phase.teacher == "memory":
         assert recipe.logprobs is not None  # the recipe's own validation
-        require_teachers(recipe.logprobs, phase, load_tokenizer(source), recipe.format.max_tokens)
+        tokenizer = load_tokenizer(find_model(student.init, student.revision))
+        require_teachers(recipe.logprobs, phase, tokenizer, recipe.format.max_tokens)
     if isinstance(phase, OnPolicyPhase) and (shared := shared_by(student.parallel)) in ("fsdp", "zero3"):
         raise TrainingError(
             f"student.parallel is {shared}, which scatters the model, but in an on_policy phase every process writes"
@@ -80,6 +80,7 @@ def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
         )
     if "model" in step.upstream:
         return
+    source = find_model(student.init, student.revision)
     config = load_config(source)
     check_adapters(config, phase.lora)
     context = int(config.max_position_embeddings)
