@@ -5,8 +5,6 @@ a failed check, 130 and 143 after SIGINT and SIGTERM. Everything heavy is import
 neither torch nor any other library of a stage.
 """
 
-import functools
-import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,8 +13,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill import __version__
-from distill.errors import DistillError, GateError, Interrupted, RecipeError, storage_errors
-from distill.interrupts import interruptible
+from distill.console import (
+    AsJson,
+    Device,
+    DryRun,
+    Overrides,
+    Partial,
+    Private,
+    PushToHub,
+    Quiet,
+    RecipePath,
+    Require,
+    RunsFolder,
+    Threads,
+    guarded,
+    print_json,
+    print_table,
+)
+from distill.errors import GateError, RecipeError, storage_errors
+from distill.sweep.commands import app as sweeps
 
 if TYPE_CHECKING:
     from distill.config import Recipe
@@ -44,69 +59,13 @@ STAGE_VERBS = {
 }
 """Verbs that run a recipe up to a stage (None: all of it)."""
 
-RESERVED = ("sweep", "compare", "bench", "chat", "serve", "runs", "gc")
+RESERVED = ("compare", "bench", "chat", "serve", "runs", "gc")
 """Verbs that later versions will have; refused by name so that no script comes to rely on them."""
-
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="section.key=value",
-        help="Values that replace the recipe's; lists take an index: student.phases.0.lr=1e-5.",
-        show_default=False,
-    ),
-]
-RunsFolder = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Run store.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; run nothing and write nothing.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.")]
-Threads = Annotated[int, typer.Option("--threads", metavar="N", min=0, help="CPU threads; 0 takes every core.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-Partial = Annotated[
-    bool, typer.Option("--accept-partial", help="Take the traces that are there as all there are; ask for none.")
-]
-Require = Annotated[bool, typer.Option("--require", help="Count a gate that could not run as failed.")]
-PushToHub = Annotated[
-    str | None,
-    typer.Option("--push-to-hub", metavar="USER/NAME", help="Upload the result with its card; takes HF_TOKEN."),
-]
-Private = Annotated[bool, typer.Option("--private", help="With --push-to-hub: a new repository is private.")]
 
 
 def main() -> None:
     """The entry point."""
     app()
-
-
-def guarded(verb: Callable[..., None]) -> Callable[..., None]:
-    """The verb with signals handled and errors turned into one line on stderr and an exit code.
-
-    Anything that is not a DistillError is a bug and keeps its traceback.
-    """
-
-    @functools.wraps(verb)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            with interruptible():
-                verb(*args, **kwargs)
-        except Interrupted as stop:
-            _complain(str(stop))
-            raise typer.Exit(stop.exit_code) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-        except DistillError as error:
-            _complain(f"error: {error}")
-            raise typer.Exit(error.exit_code) from None
-
-    return run
-
-
-def _complain(text: str) -> None:
-    print(" ".join(text.split()), file=sys.stderr, flush=True)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
 def _version(asked: bool) -> None:
@@ -162,7 +121,7 @@ def init(
                 f"{path}: cannot be written there: no such folder; make it, or name another --to FILE"
             ) from None
     if as_json:
-        _print_json({"recipe": key, "path": str(path)})
+        print_json({"recipe": key, "path": str(path)})
     else:
         print(f"{path}: written; look at its plan with: distill run {path} --dry-run")
 
@@ -178,9 +137,9 @@ def _shipped_recipes() -> dict[str, str]:
 def _list_shipped(shipped: Mapping[str, str], as_json: bool) -> None:
     firsts = {name: text.partition("\n")[0].lstrip("# ") for name, text in shipped.items()}
     if as_json:
-        _print_json(firsts)
+        print_json(firsts)
     else:
-        _print_table(["recipe", "what it does"], [[name, first] for name, first in firsts.items()])
+        print_table(["recipe", "what it does"], [[name, first] for name, first in firsts.items()])
 
 
 def _nearest(name: str, names: Mapping[str, str]) -> str:
@@ -282,14 +241,14 @@ def _print_pilot(pilot: "Pilot", as_json: bool) -> None:
     from distill.teachers.pilot import as_text
 
     if as_json:
-        _print_json(pilot.to_json())
+        print_json(pilot.to_json())
     else:
         print(as_text(pilot))
 
 
 def _print_shard(counts: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
-        _print_json(counts)
+        print_json(counts)
     else:
         print(", ".join(f"{key} {value}" for key, value in counts.items()))
 
@@ -340,9 +299,9 @@ def _reverify(recipe: "Recipe", options: "RunOptions", as_json: bool) -> None:
 
     comparison = reverify(recipe, options)
     if as_json:
-        _print_json(comparison.to_json())
+        print_json(comparison.to_json())
     else:
-        _print_table(["before", "now", "traces"], [[*names, f"{count:,}"] for *names, count in comparison.rows])
+        print_table(["before", "now", "traces"], [[*names, f"{count:,}"] for *names, count in comparison.rows])
 
 
 def _check_private(private: bool, push_to_hub: str | None) -> None:
@@ -352,7 +311,7 @@ def _check_private(private: bool, push_to_hub: str | None) -> None:
 
 def _print_address(what: str, address: str, as_json: bool) -> None:
     if as_json:
-        _print_json({what: address})
+        print_json({what: address})
     else:
         print(address)
 
@@ -431,7 +390,7 @@ def forget(
 
     done = api.forget(prompt_ids, reason, runs, purge)
     if as_json:
-        _print_json(done._asdict())
+        print_json(done._asdict())
         return
     print(f"{done.prompts} prompts removed, {done.lines} lines cut out of ledgers")
     for stage in done.stages:
@@ -444,10 +403,10 @@ def _print_plan(plan: "Plan", stage: str | None, as_json: bool) -> None:
     wanted = {step.label for step in plan.until(stage)} if stage else set(plan.steps)
     rows = [row for row in forecast(plan) if row.label in wanted]
     if as_json:
-        _print_json(plan_json(plan, rows))
+        print_json(plan_json(plan, rows))
         return
     print(f"{plan.recipe.name}: {len(rows)} stages, pipeline {plan.identity}")
-    _print_table(["stage", "identity", "state", "tokens at most", "why"], [_cells(row) for row in rows])
+    print_table(["stage", "identity", "state", "tokens at most", "why"], [_cells(row) for row in rows])
     for what in dict.fromkeys(what for row in rows for what in row.unresolved):
         name, _, revision = what.rpartition("@unresolved:")
         print(f"unresolved: {name or what} at {revision}: no hub answers; the commit, once known, changes identities")
@@ -456,13 +415,6 @@ def _print_plan(plan: "Plan", stage: str | None, as_json: bool) -> None:
 def _cells(row: "Row") -> list[str]:
     tokens = "?" if row.tokens is None else f"{row.tokens:,}" if row.tokens else "-"
     return [row.label, row.identity, row.state, tokens, row.why]
-
-
-def _print_table(titles: list[str], rows: list[list[str]]) -> None:
-    """A table without colours or lines, so that it reads the same in a pipe."""
-    widths = [max(len(row[column]) for row in [titles, *rows]) for column in range(len(titles))]
-    for row in [titles, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 def _print_outcome(outcome: "Outcome", stage: str | None, as_json: bool) -> None:
@@ -486,13 +438,13 @@ def _print_outcome(outcome: "Outcome", stage: str | None, as_json: bool) -> None
     if as_json:
         runs = next(iter(outcome.plan.steps.values())).runs if outcome.plan.steps else options().runs
         record = pipeline_file(outcome.plan, runs)
-        _print_json({"name": outcome.plan.recipe.name, "pipeline": str(record), "stages": stages})
+        print_json({"name": outcome.plan.recipe.name, "pipeline": str(record), "stages": stages})
         return
     rows = [
         [label, "ran" if made["ran_now"] else "cached", f"{made['seconds']:,.1f} s", _counts(made["counts"])]
         for label, made in stages.items()
     ]
-    _print_table(["stage", "", "time", "counts"], rows)
+    print_table(["stage", "", "time", "counts"], rows)
 
 
 def _counts(counts: Any, most: int = 6) -> str:
@@ -533,7 +485,7 @@ def report(
     source = load_recipe(target, overrides or ()) if is_recipe else target
     path = api.write_report(source, out, runs=runs)
     if as_json:
-        _print_json({"report": str(path), **api.report_data(source, runs=runs)})
+        print_json({"report": str(path), **api.report_data(source, runs=runs)})
     else:
         print(path)
 
@@ -576,14 +528,14 @@ def inspect(
     if html:
         page = api.write_viewer(target, html, filters, overrides or (), runs)
         if as_json:
-            _print_json(page._asdict())
+            print_json(page._asdict())
         else:
             print(page.path)
             print(f"traces: {page.traces:,}; {page.bytes / 1e6:,.1f} MB; open it in a browser", file=sys.stderr)
         return
     shown = api.inspect(target, filters, overrides or (), runs)
     if as_json:
-        _print_json([one.to_json() for one in shown])
+        print_json([one.to_json() for one in shown])
         return
     for number, one in enumerate(shown, 1):
         print(as_text(one, number, whole=full))
@@ -604,9 +556,9 @@ def verify(
 
     checks = api.verify(artifact, golden=not no_golden)
     if as_json:
-        _print_json([check._asdict() for check in checks])
+        print_json([check._asdict() for check in checks])
     else:
-        _print_table(["check", "result", "detail"], [[check.name, check.status, check.detail] for check in checks])
+        print_table(["check", "result", "detail"], [[check.name, check.status, check.detail] for check in checks])
     refuse_failed(checks, require)
 
 
@@ -628,9 +580,9 @@ def check(
     loaded = load_recipe(recipe, overrides or ())
     found = api.check(loaded, runs=runs, device=device, threads=threads, quiet=quiet)
     if as_json:
-        _print_json([one._asdict() for one in found])
+        print_json([one._asdict() for one in found])
     else:
-        _print_table(["check", "result", "detail"], [[one.name, one.status, one.detail] for one in found])
+        print_table(["check", "result", "detail"], [[one.name, one.status, one.detail] for one in found])
     if failed := [one.name for one in found if one.status == "failed"]:
         raise GateError(f"{len(failed)} of {len(found)} checks failed: {', '.join(failed)}")
 
@@ -649,9 +601,12 @@ def doctor(
 
     found = examine(RunOptions(runs, device, threads))
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         print(as_text(found))
+
+
+app.add_typer(sweeps, name="sweep")
 
 
 def _reserved_command(verb: str) -> Callable[..., None]:

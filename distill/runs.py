@@ -300,11 +300,13 @@ class OpenRun:
 def open_run(step: Step, options: RunOptions) -> Iterator[OpenRun]:
     """Hold a stage run's folder and its lock while it is written.
 
-    Raises RunError if another process writes it, StorageError if the disk refuses.
+    Raises LockedError if another process writes it or has just finished it, StorageError if the disk refuses.
     """
     with storage_errors(f"{step.label}: cannot write {step.folder}"):
         step.folder.mkdir(parents=True, exist_ok=True)
         with locked(step.folder, f"{step.label} is being written"):
+            if step.sealed:
+                raise LockedError(f"{step.folder}: another process has just finished it; run again to go on from there")
             run = OpenRun(step, options)
             try:
                 yield run
@@ -338,6 +340,19 @@ def locked(folder: Path, what: str, shared: bool = False) -> Iterator[None]:
         lock.write(f"process {os.getpid()} on {platform.node()}")
         lock.flush()
         yield
+
+
+def holder_of(folder: Path) -> str | None:
+    """Who holds the lock on a folder now; None where nobody does."""
+    path = folder / LOCK_FILE
+    if not path.is_file():
+        return None
+    with path.open(encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return lock.read().strip() or "another process"
+    return None
 
 
 def environment(options: RunOptions) -> dict[str, Any]:

@@ -1,0 +1,153 @@
+"""One stage of a sweep in a process of its own: `python -m distill.sweep.work`, on any machine.
+
+A job is text: the stage's label, the resolved recipe as JSON, folders. The process plans the recipe anew and refuses if
+the stage is not the one that was meant, so a file that was changed meanwhile cannot slip in. Its standard input stays
+open as long as the driver lives; when it closes, the stage is asked to save itself and stop.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from contextlib import chdir
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from distill import __version__
+from distill.config import recipe_from
+from distill.errors import DistillError, Interrupted, LockedError, RunError
+from distill.interrupts import interruptible
+from distill.pipeline import stage_module
+from distill.plan import make_plan
+from distill.records import write_json
+from distill.runs import RunOptions
+
+LOCK_WAIT_S = 120.0
+"""Longest wait for a stage's last process (of a driver that was killed) to save itself and let go."""
+POLL_S = 0.2
+
+Outcome = Literal["done", "failed", "stopped", "died"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage to run, as text and numbers that any process can take."""
+
+    label: str
+    identity: str
+    recipe: str
+    """The resolved recipe, as JSON."""
+    folder: str
+    """Where relative paths of the recipe are taken from."""
+    runs: str
+    device: str
+    threads: int
+    gpus: tuple[int, ...] = ()
+    require: bool = False
+    check_only: bool = False
+    """Only let the stage refuse what it can refuse before any work."""
+    version: str = __version__
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Job":
+        """The job that `to_json` gave."""
+        known = {field.name: values[field.name] for field in fields(cls)}
+        return cls(**{**known, "gpus": tuple(known["gpus"])})
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What libraries read before they are imported: threads, and the GPUs that they may see."""
+        threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        return threads | ({"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))} if self.gpus else {})
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a stage's process ended."""
+
+    identity: str
+    outcome: Outcome
+    error: str = ""
+    exit_code: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def run_job(job: Job) -> Ended:
+    """Run one stage in this process: what a user can mend comes back as text, a signal raises Interrupted."""
+    if job.version != __version__:
+        error = f"this node has distill {__version__}, the driver {job.version}; install the same version everywhere"
+        return Ended(job.identity, "failed", error, 2)
+    try:
+        with chdir(job.folder):
+            _run(job)
+    except DistillError as error:
+        return Ended(job.identity, "failed", " ".join(str(error).split()), error.exit_code)
+    return Ended(job.identity, "done")
+
+
+def _run(job: Job) -> None:
+    recipe = recipe_from(json.loads(job.recipe))
+    options = RunOptions(Path(job.runs), job.device, job.threads, require=job.require)
+    step = make_plan(recipe, options).steps.get(job.label)
+    if step is None or step.identity != job.identity:
+        raise RunError(
+            f"{job.label}: its inputs are not what they were when the sweep was planned (a prompt file, a model or a"
+            " library changed); run the sweep again"
+        )
+    if step.sealed:
+        return
+    module, patience_s = stage_module(step), time.monotonic() + LOCK_WAIT_S
+    module.preflight(recipe, step, options)
+    while not (job.check_only or step.sealed):
+        try:
+            module.run(recipe, step, options)
+        except LockedError:
+            if time.monotonic() > patience_s:
+                raise
+            time.sleep(POLL_S)
+
+
+def main() -> int:
+    """Run the jobs of the first line of standard input; how each ended is written to the file named beside them."""
+    order = json.loads(sys.stdin.readline())
+    jobs = [Job.from_json(values) for values in order["jobs"]]
+    ended: list[Ended] = []
+    try:
+        with interruptible():
+            threading.Thread(target=_stop_with_the_driver, daemon=True).start()
+            for job in jobs:
+                ended.append(_guarded(job))
+    except Interrupted as stop:
+        ended.append(Ended(jobs[len(ended)].identity, "stopped", str(stop), stop.exit_code))
+    write_json(Path(order["result"]), {"ended": [one.to_json() for one in ended]})
+    return ended[-1].exit_code if ended else 0
+
+
+def _guarded(job: Job) -> Ended:
+    """A bug of a stage ends that stage, not the sweep; its traceback is in the log."""
+    try:
+        return run_job(job)
+    except Exception as error:  # the boundary between stages: the others go on
+        traceback.print_exc()
+        return Ended(job.identity, "failed", f"{type(error).__name__}: {error} (a bug; the log has its traceback)", 1)
+
+
+def _stop_with_the_driver() -> None:
+    while os.read(0, 1):  # not sys.stdin, whose lock a waiting thread would hold when Python ends
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
