@@ -98,7 +98,7 @@ def run_job(job: Job) -> Ended:
 
 def _run(job: Job) -> None:
     recipe = recipe_from(json.loads(job.recipe))
-    options = RunOptions(Path(job.runs), job.device, job.threads, require=job.require)
+    options = RunOptions(Path(job.runs), job.device, job.threads, require=job.require, once=True)
     step = make_plan(recipe, options).steps.get(job.label)
     if step is None or step.identity != job.identity:
         raise RunError(
