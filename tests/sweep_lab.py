@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import recipe_from
+from distill.evaluation import summarise
 from distill.plan import make_plan
+from distill.records import Item, Message, Prompt, Teacher, Trace, Usage, Verdict, digest_json, write_records
 from distill.runs import RunOptions, Step, open_run
 from distill.sweep.work import Ended, Job, run_job
 
@@ -133,3 +135,88 @@ class Scripted:
 
     def close(self) -> None:
         self.stopped += list(self.running)
+
+
+# --- a sweep that looks as if models had been trained ---------------------------------------------------------------
+
+PROBLEMS = 128
+SIZES = {"fp32": 540_000, "int8": 157_000, "int4": 106_000}
+
+
+class Painted(Scripted):
+    """Seals stages with what such stages leave: items, summaries, metrics, weights, artifacts.
+
+    The more examples the better, int4 a little worse than int8: the same problems are right each time.
+    """
+
+    def _finish(self, job: Job) -> Ended:
+        recipe = json.loads(job.recipe)
+        with open_run(step_of(job), RunOptions(Path(job.runs))) as run:
+            counts = paint(run.folder, job.label, recipe)
+            run.seal(digest="painted", counts=counts)
+        return Ended(job.identity, "done")
+
+
+def paint(folder: Path, label: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    stage, *rest = label.split(":")
+    skill = 0.5 + recipe["select"]["limit"] / 2500 - (0.08 if recipe["student"]["prune"] else 0)
+    if stage == "generate":
+        return {"usd": 1.25, "spent_usd": 1.25, "output_tokens": 400_000, "answered": 900, "samples": 900}
+    if stage == "eval":
+        return paint_evaluation(folder, rest[0], {"base": 0.1, "student": skill}[rest[0]])
+    if stage == "train":
+        rows = [
+            {"step": n, "loss": 0.2 + (1.4 - skill) / n**0.5, "lr": 1e-3, "grad_norm": 1.0, "tokens": 1000,
+             "supervised": 700, "seconds": 0.5}
+            for n in range(1, 61)
+        ]  # fmt: skip
+        _rows(folder / "metrics.jsonl", rows)
+        (folder / "model").mkdir()
+        (folder / "model" / "model.safetensors").write_bytes(b"0" * 272_000)
+        return {"steps": 60, "tokens": 60_000, "supervised_tokens": 42_000}
+    if stage == "export":
+        gates = []
+        for variant in recipe["export"]["variants"]:
+            made = folder / "artifact" / variant
+            made.mkdir(parents=True)
+            made.joinpath("model.onnx").write_bytes(b"0" * (SIZES[variant] // (2 if recipe["student"]["prune"] else 1)))
+            (folder / f"eval-{variant}").mkdir()
+            loss = {"fp32": 0.0, "int8": 0.01, "int4": 0.03}[variant]
+            paint_evaluation(folder / f"eval-{variant}", variant, skill - loss)
+            gates.append({"name": "mean_kl", "variant": variant, "status": "passed", "value": 0.03, "limit": 0.1,
+                          "unit": "nats/token", "detail": "over 2,077 positions"})  # fmt: skip
+        (folder / "gates.json").write_text(json.dumps({"gates": gates}))
+        return {"gates_passed": len(gates), "gates_failed": 0, "gates_not_run": 0}
+    return {"rows": 400, "train": 300, "heldout": PROBLEMS, "examples": 200}
+
+
+def _rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def paint_evaluation(folder: Path, model: str, skill: float) -> dict[str, Any]:
+    """Items of a model that solves the problems up to its skill, some apart, and their summary."""
+    items = [_item(model, number, _solves(model, number, skill)) for number in range(PROBLEMS)]
+    write_records(folder / "items.jsonl", items)
+    summary = summarise(items, [32, 64, 128])
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return summary
+
+
+def _solves(model: str, number: int, skill: float) -> bool:
+    hardness = int(digest_json(["problem", number])[:6], 16) / 16**6
+    luck = int(digest_json([model, skill, number])[:6], 16) / 16**6
+    return hardness * 0.9 + luck * 0.1 < skill
+
+
+def _item(model: str, number: int, right: bool) -> Item:
+    prompt = Prompt.of([Message(role="user", content=f"What is {number} + {number}?")], gold=str(2 * number))
+    answer = f"\\boxed{{{2 * number if right else 'no'}}}"
+    trace = Trace(
+        trace_id=f"{model}{number}", prompt_id=prompt.prompt_id, cfg=model, sample=0, reasoning="<b>Twice</b> it.",
+        answer=answer, think="closed", finish_reason="stop", usage=Usage(input=5, output=40), latency_s=0.05,
+        teacher=Teacher(engine="test"),
+    )  # fmt: skip
+    verdict = Verdict(trace_id=trace.trace_id, gold=prompt.gold, verifier="number@2",
+                      outcome="correct" if right else "wrong")  # fmt: skip
+    return Item(model=model, set="heldout", prompt=prompt, trace=trace, verdict=verdict)

@@ -11,6 +11,8 @@ from distill.console import (
     AsJson,
     Device,
     DryRun,
+    Private,
+    PushToHub,
     Quiet,
     Require,
     RunsFolder,
@@ -18,6 +20,7 @@ from distill.console import (
     print_json,
     print_table,
 )
+from distill.errors import RecipeError
 
 if TYPE_CHECKING:
     from distill.sweep.forecast import SweepForecast
@@ -138,3 +141,65 @@ def status(sweep: SweepTarget, runs: RunsFolder = Path("runs"), as_json: AsJson 
     for row in rows:
         if row.error:
             print(f"trial {row.number} failed in {row.stage}: {row.error}", file=sys.stderr)
+
+
+@app.command("report")
+@guarded
+def report(
+    sweep: SweepTarget,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Where to write the HTML file.")] = None,
+    runs: RunsFolder = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page: fronts, comparisons, what mattered, every trial; CSV and JSON beside it."""
+    from distill.sweep.record import read_record
+    from distill.sweep.report import write_report
+
+    files = write_report(read_record(sweep, runs), out)
+    if as_json:
+        print_json(files._asdict())
+    else:
+        print(files.html)
+
+
+@app.command("ship")
+@guarded
+def ship(
+    sweep: SweepTarget,
+    where: Annotated[
+        list[str] | None,
+        typer.Option("--where", metavar="CONDITION", help="Such as accuracy>=0.8; may be repeated, all must hold."),
+    ] = None,
+    least: Annotated[str | None, typer.Option("--min", metavar="FIGURE", help="Take the least of it: bytes.")] = None,
+    most: Annotated[str | None, typer.Option("--max", metavar="FIGURE", help="Take the most of it: accuracy.")] = None,
+    trial: Annotated[int | None, typer.Option("--trial", metavar="N", help="Take this trial.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="New folder for what ships.")] = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    runs: RunsFolder = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which trial it is; copy nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take the artifact of the trial that fits best, with its lineage: --where "accuracy>=0.8" --min bytes."""
+    from distill.hub import check_push
+    from distill.sweep import ship as shipping
+    from distill.sweep.record import read_record
+
+    if private and not push_to_hub:
+        raise RecipeError("--private goes with --push-to-hub USER/NAME")
+    if push_to_hub:
+        check_push(push_to_hub)
+    record = read_record(sweep, runs)
+    choice = shipping.choose(record, where or (), least, most, trial)
+    folder = None if dry_run else shipping.ship(record, choice, out)
+    address = shipping.push(folder, push_to_hub, private) if folder and push_to_hub else None
+    if as_json:
+        print_json({**shipping.choice_json(record, choice), "folder": folder and str(folder), "address": address})
+        return
+    figures = ", ".join(f"{title} {value:.6g}" for title, value in choice.figures.items() if value is not None)
+    print(
+        f"trial {choice.number}: {choice.by} of {len(choice.passed)} that pass, {choice.considered} finished; {figures}"
+    )
+    for place in (folder, address):
+        if place:
+            print(place)
