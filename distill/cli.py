@@ -34,10 +34,14 @@ from distill.errors import GateError, RecipeError, storage_errors
 from distill.sweep.commands import app as sweeps
 
 if TYPE_CHECKING:
+    from distill.comparison import Comparison
     from distill.config import Recipe
     from distill.forecast import Row
+    from distill.housekeeping import StageFolder
     from distill.pipeline import Outcome
     from distill.plan import Plan
+    from distill.report.facts import Estimate
+    from distill.report.scores import Score
     from distill.runs import RunOptions
     from distill.teachers.pilot import Pilot
 
@@ -59,7 +63,7 @@ STAGE_VERBS = {
 }
 """Verbs that run a recipe up to a stage (None: all of it)."""
 
-RESERVED = ("compare", "bench", "chat", "serve", "runs", "gc")
+RESERVED = ("bench", "chat", "serve")
 """Verbs that later versions will have; refused by name so that no script comes to rely on them."""
 
 
@@ -607,6 +611,119 @@ def doctor(
 
 
 app.add_typer(sweeps, name="sweep")
+
+
+# --- the run store as a whole ---------------------------------------------------------------------------------------
+
+
+@app.command("compare")
+@guarded
+def compare(
+    targets: Annotated[
+        list[str], typer.Argument(metavar="RUN…", help="Recipes, pipelines, stage folders, or SWEEP:TRIAL.")
+    ],
+    runs: RunsFolder = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Lay runs side by side: accuracy with paired differences from the first, size, speed, money, what differs."""
+    from distill.comparison import compare as laid_out
+    from distill.runs import RunOptions
+
+    found = laid_out(targets, RunOptions(runs))
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _print_comparison(found)
+
+
+def _print_comparison(found: "Comparison") -> None:
+    from distill.progress import clock_text
+
+    rows = [
+        [row.model, row.set, *map(_score_cell, row.scores, row.minus_first)]
+        for row in found.rows
+        if any(score and score.accuracy for score in row.scores)
+    ]
+    rows.append(["time", "", *map(clock_text, found.seconds)])
+    if any(usd is not None for usd in found.dollars):
+        rows.append(["dollars", "", *("-" if usd is None else f"{usd:,.2f}" for usd in found.dollars)])
+    print_table(["model", "set", *found.names], rows)
+    if found.differing:
+        print_table(
+            ["differs", "", *found.names], [[key, "", *map(str, each)] for key, each in found.differing.items()]
+        )
+
+
+def _score_cell(score: "Score | None", minus: "Estimate | None") -> str:
+    if score is None or score.accuracy is None:
+        return "-"
+    text = f"{score.accuracy.value:.1%} ({score.accuracy.low:.1%} to {score.accuracy.high:.1%})"
+    text += f", {score.megabytes:,.1f} MB" if score.megabytes is not None else ""
+    if minus is None:
+        return text
+    return f"{text}, {100 * minus.value:+.1f} ({100 * minus.low:+.1f} to {100 * minus.high:+.1f})"
+
+
+@app.command("runs")
+@guarded
+def list_runs(
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN]", help="A stage run, by folder or identity: what it is made of."),
+    ] = None,
+    runs: RunsFolder = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """List the stage runs of a store with state, size and time; of one, the tree of what it was made from."""
+    from distill import housekeeping
+
+    found = housekeeping.list_runs(runs)
+    shown = list(housekeeping.tree(found, housekeeping.find_run(found, run))) if run else [(0, one) for one in found]
+    if as_json:
+        print_json([{**one.to_json(), "depth": depth} for depth, one in shown])
+        return
+    rows = [[f"{'  ' * depth}{one.folder.parent.name}/{one.folder.name}", *_run_cells(one)] for depth, one in shown]
+    print_table(["run", "state", "size", "time", "finished"], rows)
+    print(f"{len(shown)} stage runs, {_size(sum({one.folder: one.bytes for _, one in shown}.values()))}")
+
+
+def _run_cells(one: "StageFolder") -> list[str]:
+    from distill.progress import clock_text
+
+    seconds = one.document.get("seconds")
+    finished = str(one.document.get("finished") or "")[:16].replace("T", " ")
+    return [one.state, _size(one.bytes), "-" if seconds is None else clock_text(seconds), finished]
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
+
+
+@app.command("gc")
+@guarded
+def collect(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME…", help="Sweeps, pipelines and artifacts to keep; none keeps all there are."),
+    ] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete; without it they are only listed.")] = False,
+    runs: RunsFolder = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Find stage runs that nothing with a name needs; the ledger of paid answers is never touched."""
+    from distill.housekeeping import collect as collect_garbage
+
+    done = collect_garbage(runs, names or (), delete)
+    if as_json:
+        folders = {name: [str(one.folder) for one in getattr(done, name)] for name in ("removed", "busy")}
+        print_json({"deleted": delete, "bytes": done.bytes, "kept": done.kept, **folders})
+        return
+    rows = [[f"{one.folder.parent.name}/{one.folder.name}", *_run_cells(one)] for one in done.removed]
+    print_table(["run", "state", "size", "time", "finished"], rows)
+    for one in done.busy:
+        print(f"{one.folder}: not needed, but being written now; left alone", file=sys.stderr)
+    what = "deleted" if delete else "can go; --delete deletes them"
+    print(f"{len(done.removed)} stage runs, {_size(done.bytes)}, {what}; {done.kept} are needed")
 
 
 def _reserved_command(verb: str) -> Callable[..., None]:
