@@ -72,6 +72,14 @@ def test_bundles_change_several_keys_at_once_and_meet_the_whole_grid(write: Writ
     assert len(found) == 4 and found[0] == found[1] == (10, "a") and found[2][0] == 20
 
 
+def test_what_is_set_holds_for_all_trials_and_is_checked_too(write: Write) -> None:
+    trials = trials_of(write("set: {prompts.0.heldout: 32, student.precision: fp32}\ngrid: {select.limit: [10, 20]}"))
+    assert [(t.recipe.prompts[0].heldout, t.recipe.select.limit) for t in trials] == [(32, 10), (32, 20)]
+    assert all("prompts.0.heldout" not in trial.overrides for trial in trials)
+    with pytest.raises(RecipeError, match=r"sweep.yaml:2: set: a recipe has no key 'selct' \(did you mean 'select'"):
+        trials_of(write("set: {selct.limit: 1}"))
+
+
 def test_a_sweep_without_anything_that_varies_is_its_base(write: Write) -> None:
     (trial,) = trials_of(write("name: one"))
     assert trial.overrides == {} and trial.arguments == []
@@ -119,7 +127,10 @@ def test_trials_share_the_sections_that_they_do_not_change(write: Write) -> None
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("girds: {}", r"sweep.yaml:2: unknown key 'girds' \(did you mean 'grid'\?\); allowed here: name, recipe, grid"),
+        (
+            "girds: {}",
+            r"sweep.yaml:2: unknown key 'girds' \(did you mean 'grid'\?\); allowed here: name, recipe, set, grid",
+        ),
         ("grid: {}\ngrid: {}", r"sweep.yaml:3: 'grid' is given twice"),
         ("grid:\n  student.phases.0.lrr: [1]", r"sweep.yaml:3: grid: .*'student.phases.0.lrr' \(did you mean 'lr'\?\)"),
         ("grid: {student.phases.3.lr: [1]}", r"'3' is not an index of a list of 1"),
@@ -196,7 +207,7 @@ def test_a_dry_run_prints_trials_and_stages_and_writes_nothing(
     said = cli("sweep", path, "--dry-run", "--runs", tmp_path / "runs")
     assert said.code == 0, said.err
     assert "sweep: 3 trials, of which the first 2 run; 15 distinct stages for the 21" in said.out
-    assert "time: not known without prompts" in said.out and "dollars: at most 0.00" in said.out
+    assert "time: not known; no such stage has finished" in said.out and "dollars: at most 0.00" in said.out
     found = cli("sweep", "run", path, "--dry-run", "--json", "--runs", tmp_path / "runs").json
     assert found["trials"] == 3 and [row["owed"] for row in found["kinds"] if row["kind"] == "train"] == [3]
     assert not (tmp_path / "runs").exists()

@@ -97,9 +97,11 @@ def _print_forecast(seen: "SweepForecast", as_json: bool, limit: int | None) -> 
         for row in seen.kinds
     ]  # fmt: skip
     print_table(["stage", "wanted", "distinct", "done", "to run", "time each"], rows)
-    known = "not known" if seen.seconds is None else f"about {clock_text(seen.seconds)}"
-    missing = f" without {', '.join(seen.untimed)}, which never finished in this run store" if seen.untimed else ""
-    print(f"time: {known}{missing}")
+    if seen.seconds is None:
+        print("time: not known; no such stage has finished in this run store yet")
+    else:
+        missing = f", without {', '.join(seen.untimed)}, of which none has finished yet" if seen.untimed else ""
+        print(f"time: about {clock_text(seen.seconds)}{missing}")
     print("dollars: not known" if seen.dollars is None else f"dollars: at most {seen.dollars:,.2f}")
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from distill.config import Keys, Located, Section, check_key, read_values, validate
+from distill.config import Keys, Located, Section, check_key, read_values, validate, with_value
 from distill.errors import RecipeError
 
 StageName = Literal["prompts", "generate", "select", "prune", "score", "train", "eval", "export"]
@@ -184,6 +184,8 @@ class Sweep(Section):
     """Name of the sweep's folder in the run store; the file's stem where it is not given."""
     recipe: Path
     """The base recipe; a relative path is taken from the sweep's folder."""
+    fixed: dict[str, Any] = Field(default={}, alias="set")
+    """Keys that all trials change alike."""
     grid: dict[str, list[Any]] = {}
     """Values of each key; every combination is a trial."""
     bundles: list[dict[str, Any]] = Field(default=[], alias="list")
@@ -229,6 +231,7 @@ class Sweep(Section):
 
     def named_keys(self) -> Iterator[tuple[Keys, str]]:
         """Every recipe key that is named, after where it stands in the file."""
+        yield from ((("set", key), key) for key in self.fixed)
         yield from ((("grid", key), key) for key in self.grid)
         yield from ((("list", n, key), key) for n, bundle in enumerate(self.bundles) for key in bundle)
         yield from ((("search", "space", key), key) for key in (self.search.space if self.search else ()))
@@ -238,7 +241,7 @@ class Sweep(Section):
 
 
 class SweepFile(NamedTuple):
-    """A sweep with its base recipe as plain values, and where both stand."""
+    """A sweep with its base recipe as plain values, what is `set` included, and where both stand."""
 
     sweep: Sweep
     path: Path
@@ -267,4 +270,7 @@ def load_sweep(path: Path | str) -> SweepFile:
     found = SweepFile(sweep, path, located.lines, read_values(base_path), base_path)
     for at, key in sweep.named_keys():
         check_key(key, f"{found.place(*at)}: {'.'.join(map(str, at[:-1]))}")
-    return found
+    values = found.base.value
+    for key, value in sweep.fixed.items():
+        values = with_value(values, key, value, f"{found.place('set', key)}: set: {key}")
+    return found._replace(base=Located(values, found.base.lines))

@@ -51,8 +51,10 @@ QUARTERS = [(tick / 100, f"{tick}%") for tick in (0, 25, 50, 75, 100)]
 class Sheet:
     """What all sections of a page read."""
 
-    def __init__(self, results: Results, file: str, recipe: str, runs: str) -> None:
+    def __init__(self, results: Results, file: str, recipe: str, runs: str, fixed: Sequence[str] = ()) -> None:
         self.results = results
+        self.fixed = fixed
+        """Overrides that all trials have."""
         self.file, self.recipe, self.runs = file, recipe, runs
         """Sweep file, base recipe and run store, as commands name them."""
 
@@ -365,7 +367,7 @@ def _trial_body(sheet: Sheet, one: TrialResult) -> str:
 
 def commands_of(sheet: Sheet, one: TrialResult) -> list[str]:
     """How to make a trial again, report on it, and ship it."""
-    arguments = " ".join(shlex.quote(argument) for argument in one.trial.arguments)
+    arguments = " ".join(shlex.quote(argument) for argument in [*sheet.fixed, *one.trial.arguments])
     rest = f"{shlex.quote(sheet.recipe)} {arguments}".strip() + f" --runs {shlex.quote(sheet.runs)}"
     ship = f"distill sweep ship {shlex.quote(sheet.file)} --trial {one.number} --runs {shlex.quote(sheet.runs)}"
     return [f"distill run {rest}", f"distill report {rest}", ship]

@@ -13,6 +13,7 @@ from distill.runs import PARTIAL
 from .page import Sheet, render
 from .record import Record
 from .results import Results, read_results, results_json
+from .trials import arguments_of
 
 
 class Written(NamedTuple):
@@ -42,7 +43,8 @@ def write_report(record: Record, out: Path | None = None) -> Written:
 
 def sheet_of(record: Record, results: Results) -> Sheet:
     """What the page needs beside the results."""
-    return Sheet(results, str(record.document["file"]), str(record.document["base_path"]), str(record.runs))
+    fixed = arguments_of(record.sweep.fixed)
+    return Sheet(results, str(record.document["file"]), str(record.document["base_path"]), str(record.runs), fixed)
 
 
 def trials_csv(results: Results) -> str:

@@ -53,7 +53,12 @@ class Trial:
     @property
     def arguments(self) -> list[str]:
         """The overrides as the command line takes them."""
-        return [f"{key}={as_argument(value)}" for key, value in self.overrides.items()]
+        return arguments_of(self.overrides)
+
+
+def arguments_of(overrides: Mapping[str, Any]) -> list[str]:
+    """Overrides as the command line takes them."""
+    return [f"{key}={as_argument(value)}" for key, value in overrides.items()]
 
 
 def key_of(overrides: Mapping[str, Any]) -> str:
