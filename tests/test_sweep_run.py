@@ -365,7 +365,7 @@ def test_the_view_and_the_status_tell_a_running_sweep(
     assert "running" in seen[0].out and "no driver" not in seen[0].out
     said = cli("sweep", "status", "sweep", "--runs", tmp_path / "runs")
     assert "2 trials (2 done), 10 of 10 distinct stages done; no driver runs it" in said.out
-    assert "0.lr=0.0001" in said.out and "stage_seconds" in said.out
+    assert "lr=0.0001" in said.out and "stage_seconds" in said.out
     found = cli("sweep", "status", tmp_path / "runs" / "sweeps" / "sweep", "--json").json
     assert [trial["state"] for trial in found["trials"]] == ["done", "done"]
     wrong = cli("sweep", "status", "sweap", "--runs", tmp_path / "runs")
@@ -386,4 +386,4 @@ def test_the_live_table_shows_every_trial(lab: Any, tmp_path: Path) -> None:
     console = Console(width=140, record=True)
     console.print(rich_table(board.record(), board))
     text = console.export_text()
-    assert "2 trials (2 done)" in text and "select.limit=5" in text and "%" in text
+    assert "2 trials (2 done)" in text and "limit=5" in text and "%" in text

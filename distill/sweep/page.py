@@ -35,7 +35,7 @@ from .config import Objective
 from .measures import Measure
 from .record import State
 from .results import Candidate, Comparison, Influence, Results, TrialResult
-from .view import changes_of, value_text
+from .view import changes_of, short_keys, value_of, value_text
 
 STATES: Mapping[State, str] = {"done": "good", "failed": "bad", "pruned": "none"}
 CURVES_AT_MOST = 12
@@ -124,7 +124,7 @@ def _answer(sheet: Sheet) -> str:
 def _answer_item(sheet: Sheet, title: str, one: Candidate, colour: str) -> str:
     rest = [f"{other.title} {_value(one, other)}" for other in sheet.results.objectives[1:]]
     small = [bounds(one.accuracy) if one.accuracy and sheet.first.metric == "accuracy" else "", ", ".join(rest)]
-    small.append(" · ".join(f"{key} {_plain(value, 40)}" for key, value in one.first.trial.varied.items()))
+    small.append(" · ".join(f"{key} {value_of(value, 40)}" for key, value in one.first.trial.varied.items()))
     texts = "".join(f'<span class="small">{escape(text)}</span>' for text in small if text)
     return (
         f'<li class="{colour}"><span class="who">{escape(title)}: {sheet.link(one)}</span>'
@@ -165,7 +165,7 @@ def _keys(found: Sequence[Candidate]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return escape(_plain(value, 80))
+    return escape(value_of(value, 80))
 
 
 def _cell(one: Candidate, objective: Objective) -> str:
@@ -200,7 +200,7 @@ def _mark(one: Candidate, first: Objective, other: Objective, on_front: bool) ->
     low, high = (interval.low, interval.high) if interval else (None, None)
     x = one.values[other.title] / (MB if other.metric == "bytes" else 1)
     colour = "m-student" if on_front else "m-base"
-    return Point(one.name, x, one.values[first.title], colour, low, high, changes_of(one.first.trial.arguments))
+    return Point(one.name, x, one.values[first.title], colour, low, high, changes_of(one.first.trial))
 
 
 def _unit(objective: Objective) -> str:
@@ -215,7 +215,7 @@ def coordinates(sheet: Sheet) -> str:
         return ""
     scales = [_key_scale([one.first.trial.varied.get(key) for one in found]) for key in keys]
     scales += [_objective_scale(found, objective) for objective in results.objectives]
-    names = [".".join(key.split(".")[-2:]) for key in keys] + [one.title for one in results.objectives]
+    names = [*short_keys(keys).values()] + [one.title for one in results.objectives]
     axes = [(name, ticks) for name, (_, ticks) in zip(names, scales)]
     tracks = [
         Track(
@@ -240,15 +240,8 @@ def _key_scale(values: Sequence[Any]) -> Scale:
         distinct.sort()
     order = {repr(value): index / max(1, len(distinct) - 1) for index, value in enumerate(distinct)}
     every = max(1, len(distinct) // 8)
-    ticks = [(order[repr(value)], _plain(value)) for value in distinct[::every]]
+    ticks = [(order[repr(value)], value_of(value)) for value in distinct[::every]]
     return [order[repr(value)] for value in values], ticks
-
-
-def _plain(value: Any, longest: int = 16) -> str:
-    if isinstance(value, Mapping):
-        value = [f"{key}: {_plain(part)}" for key, part in value.items()]
-    text = ", ".join(map(_plain, value)) if isinstance(value, list) else "none" if value is None else str(value)
-    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def _objective_scale(found: Sequence[Candidate], objective: Objective) -> Scale:
@@ -349,7 +342,7 @@ def _trial(sheet: Sheet, one: TrialResult) -> str:
     state = chip(one.state, STATES.get(one.state, ""))
     return (
         f'<details class="case" id="trial-{one.number}"><summary><span class="q">trial {one.number}:'
-        f' {escape(changes_of(one.trial.arguments))}</span><span class="marks">{escape(values)}</span>{state}</summary>'
+        f' {escape(changes_of(one.trial))}</span><span class="marks">{escape(values)}</span>{state}</summary>'
         f'<div class="body">{_trial_body(sheet, one)}</div></details>'
     )
 

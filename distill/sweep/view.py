@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from distill.progress import clock_text, say
 
@@ -19,6 +19,7 @@ from .measures import Measure, measure, pipeline_of
 from .record import Record, State, read_record
 from .run import View
 from .schedule import Scheduler
+from .trials import Trial
 
 ORDER: Sequence[State] = ("running", "failed", "waiting", "pruned", "done", "left out")
 """Which trials come first where not all can be shown."""
@@ -27,7 +28,7 @@ SHOWN_WHILE_RUNNING = 24
 REFRESH_S = 1.0
 PLAIN_EVERY_S = 10.0
 KB = 1000
-HOLDS_AT_MOST = 60
+HOLDS_AT_MOST = 70
 """Characters of what a trial changes."""
 
 
@@ -74,7 +75,7 @@ class Board:
         owed = [identity for identity in stages if identity not in record.store.sealed]
         failure = record.failure_of(number) if state == "failed" else None
         return Row(
-            number, changes_of(record.trial(number).arguments), state,
+            number, changes_of(record.trial(number)), state,
             failure.label if failure else _stage_now(record, owed), len(stages) - len(owed), len(stages),
             self._measures(record, number, state), _eta(record, owed, times), _usd(record, stages),
             failure.error if failure else "",
@@ -116,11 +117,32 @@ def _usd(record: Record, stages: Sequence[str]) -> float | None:
     return None
 
 
-def changes_of(arguments: Sequence[str]) -> str:
-    """What a trial changes, on one short line: keys by their last parts."""
-    short = [f"{'.'.join(key.split('.')[-2:])}={value}" for key, _, value in (one.partition("=") for one in arguments)]
-    text = " ".join(short) or "the base recipe"
+def changes_of(trial: Trial) -> str:
+    """What a trial changes, on one short line: keys by as many of their last parts as tell them apart."""
+    varied = dict(trial.varied)
+    shown = [f"{short}={value_of(varied[key], 24)}" for key, short in short_keys(list(varied)).items()]
+    shown += [] if trial.seed is None else [f"seed={trial.seed}"]
+    text = " ".join(shown) or "the base recipe"
     return text if len(text) <= HOLDS_AT_MOST else text[: HOLDS_AT_MOST - 1] + "…"
+
+
+def short_keys(keys: Sequence[str]) -> dict[str, str]:
+    """Each dotted key by the fewest of its last parts that no other key ends in."""
+    found = {}
+    for key in keys:
+        parts = key.split(".")
+        ends = [".".join(parts[-size:]) for size in range(1, len(parts) + 1)]
+        others = [other for other in keys if other != key]
+        found[key] = next((end for end in ends if not any(f".{one}".endswith(f".{end}") for one in others)), key)
+    return found
+
+
+def value_of(value: Any, longest: int = 16) -> str:
+    """A recipe's value in few characters: lists and sections without brackets, null as none."""
+    if isinstance(value, Mapping):
+        value = [f"{key}: {value_of(part)}" for key, part in value.items()]
+    text = ", ".join(map(value_of, value)) if isinstance(value, list) else "none" if value is None else str(value)
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
@@ -148,7 +170,7 @@ def table_of(rows: Sequence[Row], objectives: Sequence[Objective]) -> tuple[list
         [
             str(row.number), row.changes, row.state, f"{row.done}/{row.stages}", row.stage,
             *(value_text(one, row.measures.get(one.title)) for one in objectives),
-            "" if row.state == "done" else clock_text(row.eta_s) if row.eta_s is not None else "?",
+            "" if row.state not in ("running", "waiting") else clock_text(row.eta_s) if row.eta_s is not None else "?",
             "-" if row.usd is None else f"${row.usd:,.2f}",
         ]
         for row in rows
@@ -226,7 +248,10 @@ def rich_table(record: Record, board: Board) -> Any:
     titles, cells = table_of(kept, objectives)
     table = Table(title=headline(record, rows), caption=f"Ctrl-C stops it safely{more}", title_justify="left")
     for index, title in enumerate(titles):
-        table.add_column(title, justify="right" if index > 4 else "left", no_wrap=title not in ("changes", "stage"))
+        # only what a trial changes gives way where the terminal is narrow
+        least = 10 if title == "changes" else max(len(line[index]) for line in [titles, *cells])
+        justify: Literal["left", "right"] = "right" if index > 4 else "left"
+        table.add_column(title, justify=justify, no_wrap=True, overflow="ellipsis", min_width=least)
     for row, line in zip(kept, cells):
         table.add_row(*(Text(cell, STYLES.get(row.state, "") if index == 2 else "") for index, cell in enumerate(line)))
     return table
