@@ -125,6 +125,26 @@ def _print_outcome(outcome: "SweepOutcome", as_json: bool) -> None:
     )
 
 
+@app.command("slurm")
+@guarded
+def slurm(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The sweep file.", show_default=False)],
+    runs: RunsFolder = Path("runs"),
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Write array jobs for a Slurm cluster, which is untried on a real one; submits nothing."""
+    from distill.runs import RunOptions
+    from distill.sweep.run import plan_sweep
+    from distill.sweep.slurm import summary, write_scripts
+
+    scripts = write_scripts(plan_sweep(file, RunOptions(runs, device)))
+    if as_json:
+        print_json({"submit": scripts.submit, "jobs": scripts.jobs, "arrays": [a._asdict() for a in scripts.arrays]})
+    else:
+        print("\n".join(summary(scripts)))
+
+
 @app.command("status")
 @guarded
 def status(sweep: SweepTarget, runs: RunsFolder = Path("runs"), as_json: AsJson = False) -> None:

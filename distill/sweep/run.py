@@ -49,6 +49,11 @@ class Planned(NamedTuple):
         """The trials that run: all, or the first ones up to the limit."""
         return list(self.graph.trials.values())[: self.file.sweep.limits.trials]
 
+    @property
+    def chosen_numbers(self) -> list[int]:
+        """Their numbers."""
+        return [trial.number for trial in self.chosen]
+
 
 @dataclass(frozen=True)
 class SweepOutcome:

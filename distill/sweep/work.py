@@ -1,8 +1,9 @@
 """One stage of a sweep in a process of its own: `python -m distill.sweep.work`, on any machine.
 
 A job is text: the stage's label, the resolved recipe as JSON, folders. The process plans the recipe anew and refuses if
-the stage is not the one that was meant, so a file that was changed meanwhile cannot slip in. Its standard input stays
-open as long as the driver lives; when it closes, the stage is asked to save itself and stop.
+the stage is not the one that was meant, so a file that was changed meanwhile cannot slip in. Jobs come on standard
+input, which stays open as long as the driver lives; when it closes, the stage is asked to save itself and stop. Without
+a driver, `python -m distill.sweep.work JOBS.jsonl LINE` runs one line of a file.
 """
 
 import json
@@ -12,8 +13,10 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,7 +121,27 @@ def _run(job: Job) -> None:
             time.sleep(POLL_S)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
+    """Run one line of a job file, or the jobs of a driver; returns the exit code."""
+    if len(arguments) == 2:
+        return _run_line(Path(arguments[0]), int(arguments[1]))
+    return _run_for_driver()
+
+
+def _run_line(path: Path, line: int) -> int:
+    with path.open(encoding="utf-8") as lines:
+        job = Job.from_json(json.loads(next(islice(lines, line, None))))
+    os.environ.update(job.environment)  # the libraries that read it are not imported yet
+    try:
+        with interruptible():
+            ended = _guarded(job)
+    except Interrupted as stop:
+        ended = Ended(job.identity, "stopped", str(stop), stop.exit_code)
+    print(f"{job.label} {job.identity}: {ended.outcome} {ended.error}".strip(), flush=True)
+    return ended.exit_code
+
+
+def _run_for_driver() -> int:
     """Run the jobs of the first line of standard input; how each ended is written to the file named beside them."""
     order = json.loads(sys.stdin.readline())
     jobs = [Job.from_json(values) for values in order["jobs"]]
@@ -150,4 +173,4 @@ def _stop_with_the_driver() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
