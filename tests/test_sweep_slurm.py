@@ -54,7 +54,7 @@ def test_stages_are_written_as_waves_with_their_resources(lab: Any, tmp_path: Pa
     jobs = [json.loads(line) for line in Path(said.json["jobs"]).read_text().splitlines()]
     assert [job["label"] for job in jobs] == ["prompts", "generate", "eval:teacher:heldout", "select", "select"]
     text = Path(said.json["submit"]).read_text()
-    assert "untried on a real cluster" in text and "--mem=1536M" in text and "afterany:$before" in text
+    assert "untried on more than one node" in text and "--mem=1536M" in text and "afterany:$before" in text
     assert subprocess.run(["bash", "-n", said.json["submit"]], check=False).returncode == 0
     assert "2 trials (2 waiting)" in cli("sweep", "status", path, "--runs", tmp_path / "runs").out
 

@@ -133,7 +133,7 @@ def slurm(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Write array jobs for a Slurm cluster, which is untried on a real one; submits nothing."""
+    """Write array jobs for a Slurm cluster (untried on more than one node); submits nothing."""
     from distill.runs import RunOptions
     from distill.sweep.run import plan_sweep
     from distill.sweep.slurm import summary, write_scripts

@@ -171,8 +171,8 @@ class Resources(Section):
     """CPU slots; null takes every core that this process may use."""
     memory_gb: float | None = Field(default=None, gt=0)
     """Memory that stages may use together; null does not count it."""
-    gpus: int = Field(default=0, ge=0)
-    """GPUs, numbered from 0; a stage sees only those that it was given."""
+    gpus: int | None = Field(default=None, ge=0)
+    """GPUs; null takes those that this process may see. A stage sees only those that it was given."""
     stages: dict[StageName, Needs] = {}
     """What a stage takes. By default prompts and select take one CPU slot, all others up to four."""
 
@@ -226,7 +226,7 @@ class Sweep(Section):
                     f"resources.stages.{stage}.memory_gb is {needs.memory_gb:g}, but resources.memory_gb is"
                     f" {have.memory_gb:g}"
                 )
-            if needs.gpus and needs.gpus > have.gpus:
+            if needs.gpus and have.gpus is not None and needs.gpus > have.gpus:
                 raise ValueError(f"resources.stages.{stage}.gpus is {needs.gpus}, but resources.gpus is {have.gpus}")
 
     def named_keys(self) -> Iterator[tuple[Keys, str]]:

@@ -51,9 +51,9 @@ class RayExecutor:
     def start(self, job: Job) -> None:
         """Submit a stage with what it was granted; which GPUs it sees is Ray's to say."""
         task = self.ray.remote(
-            max_retries=NODE_LOSSES, num_cpus=job.threads, num_gpus=len(job.gpus), scheduling_strategy="SPREAD"
+            max_retries=NODE_LOSSES, num_cpus=job.threads, num_gpus=len(job.gpus or ()), scheduling_strategy="SPREAD"
         )(run_on_node)
-        self.running[task.remote(replace(job, gpus=()).to_json(), str(self.folder))] = job.identity
+        self.running[task.remote(replace(job, gpus=None).to_json(), str(self.folder))] = job.identity
 
     def ended(self) -> list[Ended]:
         """Tasks that have ended."""

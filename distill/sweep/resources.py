@@ -4,7 +4,9 @@ The number of CPU slots that a stage is given is its number of threads, and depe
 the machine: results are bit-equal at equal thread counts only, so what else happens to run must not change it.
 """
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from distill.config import Recipe, TeacherConfig
@@ -57,7 +59,20 @@ class Pool:
 
 def pool_of(resources: Resources) -> Pool:
     """Everything that a sweep may use."""
-    return Pool(cpu_slots(resources), resources.memory_gb, list(range(resources.gpus)))
+    return Pool(cpu_slots(resources), resources.memory_gb, list(range(gpu_count(resources))))
+
+
+def gpu_count(resources: Resources) -> int:
+    """GPUs in all: as declared, else those that this process may see."""
+    return len(visible_gpus()) if resources.gpus is None else resources.gpus
+
+
+def visible_gpus() -> list[str]:
+    """NVIDIA GPUs that this process may see, as CUDA_VISIBLE_DEVICES names them; nothing heavy is asked."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name.strip()]
+    return [str(index) for index in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
 
 
 def cpu_slots(resources: Resources) -> int:
@@ -73,7 +88,10 @@ def needed(step: Step, recipe: Recipe, resources: Resources) -> tuple[Grant, int
     asked = resources.stages.get(step.stage, Needs())  # type: ignore[call-overload]  # stages are named by Literal
     heavy, slots = is_heavy(step, recipe), cpu_slots(resources)
     cpus = asked.cpus or (min(slots, MOST_THREADS) if heavy else 1)
-    gpus = asked.gpus if asked.gpus is not None else int(heavy and resources.gpus > 0)
+    there = gpu_count(resources)
+    gpus = asked.gpus if asked.gpus is not None else int(heavy and there > 0)
+    if gpus > there:
+        raise RecipeError(f"resources.stages.{step.stage}.gpus is {gpus}, but there are {there} GPUs; ask for fewer")
     if cpus > slots:
         raise RecipeError(
             f"resources.stages.{step.stage}.cpus is {cpus}, but there are {slots} CPU slots; ask for {slots} or less"

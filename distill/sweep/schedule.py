@@ -77,6 +77,7 @@ class Scheduler:
         self.graph, self.executor, self.events, self.folder = graph, executor, events, folder
         self.resources, self.limits, self.watch, self.clock = resources, limits, watch, clock
         self.pool = pool_of(resources)
+        self.counts_gpus = bool(self.pool.gpus)
         self.options: RunOptions = graph.options
         self.running: dict[str, Begun] = {}
         self.sealed: set[str] = set()
@@ -211,7 +212,7 @@ class Scheduler:
         recipe = node.recipe
         if paid and self.limits.dollars is not None:
             recipe = _with_budget(recipe, self.limits.dollars - sum(self.spent_usd.values()))
-        return job_of(node, recipe, self.options, grant)
+        return job_of(node, recipe, self.options, grant, self.counts_gpus)
 
     # --- what ended -------------------------------------------------------------------------------------------------
 
@@ -313,11 +314,13 @@ def sealed(node: Node) -> SealedRun:
     return open_sealed(node.step.folder, check=False)
 
 
-def job_of(node: Node, recipe: Recipe, options: RunOptions, grant: Grant, **changes: Any) -> Job:
+def job_of(
+    node: Node, recipe: Recipe, options: RunOptions, grant: Grant, counts_gpus: bool = False, **changes: Any
+) -> Job:
     """A stage as an executor takes it."""
     return Job(
         node.step.label, node.identity, recipe.model_dump_json(), str(Path.cwd()), str(options.runs.resolve()),
-        options.device, grant.cpus, grant.gpus, options.require, **changes,
+        options.device, grant.cpus, grant.gpus if counts_gpus else None, options.require, **changes,
     )  # fmt: skip
 
 

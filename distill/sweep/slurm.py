@@ -5,7 +5,7 @@ array job for each kind of resources, which begins when the waves before have en
 process as the other executors; what it needs and does not find it refuses. Afterwards `distill sweep FILE` finds
 everything done, and runs what is missing.
 
-Tried with a stand-in for sbatch that runs the tasks on one machine; on a real cluster it is untried.
+Tried on one node with Slurm 22.05 as Debian has it; on a cluster of several nodes it is untried.
 """
 
 import json
@@ -112,7 +112,7 @@ def script(scripts: Scripts, name: str) -> str:
     body = [
         "#!/usr/bin/env bash",
         f"# Submits sweep {name}: {sum(one.tasks for one in scripts.arrays)} stages in {len(waves)} waves.",
-        "# Written by distill; untried on a real cluster. The run store must lie where all nodes see it.",
+        "# Written by distill; untried on more than one node. The run store must lie where all nodes see it.",
         "# SBATCH_ARGS adds options to every job, such as --partition or --account.",
         "set -euo pipefail",
         f"cd {folder}",
@@ -132,7 +132,7 @@ def _sbatch(array: Array, name: str) -> str:
     )
     options = [
         "--parsable", f"--job-name={shlex.quote(name)}", f"--array=0-{array.tasks - 1}",
-        f"--cpus-per-task={array.cpus}", "--signal=TERM@60", "--output=logs/%x-%A-%a.log",
+        f"--cpus-per-task={array.cpus}", "--signal=B:TERM@60", "--output=logs/%x-%A-%a.log",
     ]  # fmt: skip
     options += [f"--mem={round(array.memory_gb * 1024)}M"] if array.memory_gb else []
     options += [f"--gres=gpu:{array.gpus}"] if array.gpus else []
@@ -146,6 +146,6 @@ def summary(scripts: Scripts) -> Sequence[str]:
     waves = len({one.wave for one in scripts.arrays})
     stages = sum(one.tasks for one in scripts.arrays)
     return [
-        f"{stages} stages in {waves} waves, {len(scripts.arrays)} array jobs; untried on a real cluster",
+        f"{stages} stages in {waves} waves, {len(scripts.arrays)} array jobs; untried on more than one node",
         f"submit them with: bash {scripts.submit}",
     ]

@@ -94,8 +94,8 @@ class Searcher:
         return [trial for trial in self._complete() if trial.state == running]
 
     def _told(self) -> list[Any]:
-        state = self.library.trial.TrialState
-        return [trial for trial in self._complete() if trial.state in (state.COMPLETE, state.PRUNED)]
+        """What has ended, failures included: those are tried once more, though the study has counted them."""
+        return [trial for trial in self._admitted() if trial.state != self.library.trial.TrialState.RUNNING]
 
     def _resumed(self, trial: Any) -> Proposal | None:
         """An open trial; None, and told so, where the rules do not admit it: the driver was killed in between."""

@@ -82,6 +82,8 @@ class Board:
         )  # fmt: skip
 
     def _measures(self, record: Record, number: int, state: State) -> Mapping[str, Measure]:
+        if state in ("waiting", "left out"):
+            return {}
         if number not in self._known:
             found = measure(pipeline_of(record, number), record.sweep.objectives)
             if state != "done":

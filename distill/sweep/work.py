@@ -26,11 +26,12 @@ from distill.errors import DistillError, Interrupted, LockedError, RunError
 from distill.interrupts import interruptible
 from distill.pipeline import stage_module
 from distill.plan import make_plan
+from distill.progress import say
 from distill.records import write_json
 from distill.runs import RunOptions
 
-LOCK_WAIT_S = 120.0
-"""Longest wait for a stage's last process (of a driver that was killed) to save itself and let go."""
+from .resources import visible_gpus
+
 POLL_S = 0.2
 
 Outcome = Literal["done", "failed", "stopped", "died"]
@@ -49,7 +50,8 @@ class Job:
     runs: str
     device: str
     threads: int
-    gpus: tuple[int, ...] = ()
+    gpus: tuple[int, ...] | None = None
+    """Which of the driver's GPUs the stage sees; None where nobody counts them."""
     require: bool = False
     check_only: bool = False
     """Only let the stage refuse what it can refuse before any work."""
@@ -63,13 +65,18 @@ class Job:
     def from_json(cls, values: dict[str, Any]) -> "Job":
         """The job that `to_json` gave."""
         known = {field.name: values[field.name] for field in fields(cls)}
-        return cls(**{**known, "gpus": tuple(known["gpus"])})
+        return cls(**{**known, "gpus": None if known["gpus"] is None else tuple(known["gpus"])})
 
     @property
     def environment(self) -> dict[str, str]:
         """What libraries read before they are imported: threads, and the GPUs that they may see."""
         threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        return threads | ({"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))} if self.gpus else {})
+        if self.gpus is None:
+            return threads
+        visible = visible_gpus()
+        return threads | {
+            "CUDA_VISIBLE_DEVICES": ",".join(visible[index] for index in self.gpus if index < len(visible))
+        }
 
 
 @dataclass(frozen=True)
@@ -110,14 +117,17 @@ def _run(job: Job) -> None:
         )
     if step.sealed:
         return
-    module, patience_s = stage_module(step), time.monotonic() + LOCK_WAIT_S
+    module = stage_module(step)
     module.preflight(recipe, step, options)
+    said = ""
     while not (job.check_only or step.sealed):
         try:
             module.run(recipe, step, options)
-        except LockedError:
-            if time.monotonic() > patience_s:
-                raise
+        except LockedError as error:
+            # another sweep works on it, or its process of a driver that was killed still saves itself
+            if said != str(error):
+                say(f"{job.label}: waiting: {error}")
+            said = str(error)
             time.sleep(POLL_S)
 
 
