@@ -70,7 +70,7 @@ class Inline:
     def stop(self, identity: str) -> None:
         pass
 
-    def close(self) -> None:
+    def close(self, at_once: bool = False) -> None:
         self.waiting.clear()
 
 
@@ -133,7 +133,7 @@ class Scripted:
     def stop(self, identity: str) -> None:
         self.stopped.append(identity)
 
-    def close(self) -> None:
+    def close(self, at_once: bool = False) -> None:
         self.stopped += list(self.running)
 
 

@@ -280,6 +280,22 @@ def test_the_smallest_trial_that_is_good_enough_ships_with_its_lineage(
     assert again.code == 2 and "exists already" in again.error_line
 
 
+@pytest.mark.full
+def test_what_ships_is_uploaded_as_it_lies_there(
+    painted: Record, tmp_path: Path, command: Callable[..., Any], open_hub: Callable[..., Any]
+) -> None:
+    hub = open_hub("artifact/int4/model.onnx", "NOTICE")
+    where = ["--runs", painted.runs, "--out", tmp_path / "shipped", "--push-to-hub", "ada/tiny", "--json"]
+    done = command("sweep", "ship", "sweep", "--min", "bytes", *where, HF_ENDPOINT=hub.url, HF_TOKEN=hub.token)
+    assert done.returncode == 0, done.stderr
+    made = {p.relative_to(tmp_path / "shipped").as_posix(): p for p in (tmp_path / "shipped").rglob("*") if p.is_file()}
+    assert {name: hub.files[name] for name in made} == {name: path.read_bytes() for name, path in made.items()}
+    assert "NOTICE" in hub.files and {"choice.json", "recipe.json", "lineage/export.json"} <= made.keys()
+    assert hub.token not in done.stdout + done.stderr
+    silent = command("sweep", "ship", "sweep", "--runs", painted.runs, "--push-to-hub", "ada/tiny")
+    assert silent.returncode == 2 and "no token" in silent.stderr
+
+
 def test_what_cannot_ship_is_said(painted: Record, tmp_path: Path) -> None:
     with pytest.raises(GateError, match=r"none of 8 finished trials has accuracy>=0.99.*accuracy reaches 0\.\d+"):
         choose(painted, ["accuracy>=0.99"])

@@ -226,6 +226,27 @@ def test_an_interrupted_sweep_asks_its_stages_to_save_themselves_and_goes_on_lat
     assert not sealed & {lab.step_of(job).folder.name for job in later.jobs}
 
 
+def test_whoever_asks_twice_does_not_wait_for_stages_to_save_themselves(
+    lab: Any, tmp_path: Path, student_sweep: Callable[..., Path]
+) -> None:
+    class Stubborn(lab.Scripted):  # type: ignore[misc, name-defined]
+        closed: list[bool] = []
+
+        def ended(self) -> list[Ended]:
+            if self.order:
+                signal.raise_signal(signal.SIGINT)  # again and again
+            return []
+
+        def close(self, at_once: bool = False) -> None:
+            self.closed.append(at_once)
+            self.order.clear()
+
+    executor = Stubborn()
+    with pytest.raises(Interrupted):
+        run_sweep(student_sweep(), options(tmp_path), executor)
+    assert executor.closed[0] is True
+
+
 @pytest.mark.parametrize(("limits", "done"), [({"trials": 1}, 1), ({"hours": 1e-9}, 0)])
 def test_a_limit_ends_a_sweep_and_a_higher_one_goes_on(
     lab: Any, tmp_path: Path, student_sweep: Callable[..., Path], limits: dict[str, float], done: int

@@ -45,8 +45,8 @@ class Executor(Protocol):
     def stop(self, identity: str) -> None:
         """Ask a job to save itself and end; it is still told of by `ended`."""
 
-    def close(self) -> None:
-        """End whatever still runs, now."""
+    def close(self, at_once: bool = False) -> None:
+        """End whatever still runs; unless at once, it may save itself first."""
 
 
 @dataclass
@@ -94,11 +94,11 @@ class LocalExecutor:
             one.stopped = True
             one.process.terminate()
 
-    def close(self) -> None:
-        """Let what was asked to stop save itself, then kill what is left."""
+    def close(self, at_once: bool = False) -> None:
+        """Ask all to stop, let them save themselves unless it is to be at once, then kill what is left."""
         for identity in list(self.running):
             self.stop(identity)
-        patience_s = time.monotonic() + GRACE_S
+        patience_s = time.monotonic() + (0 if at_once else GRACE_S)
         try:
             for one in self.running.values():
                 one.process.wait(max(0.1, patience_s - time.monotonic()))

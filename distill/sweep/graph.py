@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill.config import Recipe
-from distill.errors import DistillError
+from distill.errors import DataError, ModelError, RecipeError
 from distill.plan import Plan, Shared, make_plan
 from distill.runs import STAGE_FILE, RunOptions, Step
 
@@ -78,7 +78,7 @@ class Graph:
         """
         try:
             plan = make_plan(trial.recipe, self.options, self.shared)
-        except DistillError as error:
+        except (RecipeError, DataError, ModelError) as error:
             raise type(error)(f"trial {trial.number} ({', '.join(trial.arguments)}): {error}") from error
         self.trials[trial.number] = trial
         self.plans[trial.number] = plan

@@ -84,12 +84,12 @@ class RayExecutor:
             if running == identity:
                 self.ray.cancel(task, force=False)
 
-    def close(self) -> None:
+    def close(self, at_once: bool = False) -> None:
         """Let go of the cluster; what still runs is cancelled."""
         for identity in list(self.running.values()):
             self.stop(identity)
         if self.started and self.ray.is_initialized():
-            if self.running:
+            if self.running and not at_once:
                 self.ray.wait(list(self.running), num_returns=len(self.running), timeout=GRACE_S)
             self.ray.shutdown()
 

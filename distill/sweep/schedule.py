@@ -150,8 +150,8 @@ class Scheduler:
                 self.executor.wait(TICK_S)
             self._wind_down()
         finally:
+            self.executor.close(at_once=self.winding)  # then somebody asked twice
             self.winding = True
-            self.executor.close()
             self._collect()
             self.summary.wall_seconds = self.clock() - started_s
             self.events.add(Event(what="attempt", at=now(), seconds=round(self.summary.wall_seconds, 3)))

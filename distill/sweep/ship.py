@@ -28,6 +28,7 @@ COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "=": lambda value, limit: value == limit,
 }
 CONDITION = re.compile(r"^\s*([A-Za-z_][\w:.-]*?)\s*(>=|<=|==|>|<|=)\s*([-+.\deE]+)\s*$")
+CARD = "README.md"
 SHIPPED = "shipped"
 """Folder of the run store for what was shipped, unless another place is given."""
 
@@ -162,6 +163,8 @@ def ship(record: Record, choice: Choice, out: Path | None = None) -> Path:
     with storage_errors(f"cannot write {folder}"):
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(export.folder / "artifact", part / "artifact")
+        if (part / "artifact" / CARD).is_file():  # a hub shows the one on top
+            shutil.copyfile(part / "artifact" / CARD, part / CARD)
         (part / "lineage").mkdir()
         for run in pipeline.stages.values():
             shutil.copyfile(run.folder / STAGE_FILE, part / "lineage" / f"{run.label.replace(':', '-')}.json")
