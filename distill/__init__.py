@@ -28,6 +28,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from distill.api import check as check
+    from distill.api import collect_garbage as collect_garbage
+    from distill.api import compare as compare
     from distill.api import evaluate as evaluate
     from distill.api import export_model as export_model
     from distill.api import forget as forget
@@ -35,17 +37,23 @@ if TYPE_CHECKING:
     from distill.api import generate_shard as generate_shard
     from distill.api import generate_shards as generate_shards
     from distill.api import inspect as inspect
+    from distill.api import list_runs as list_runs
     from distill.api import make_plan as make_plan
     from distill.api import merge as merge
     from distill.api import pilot as pilot
+    from distill.api import plan_sweep as plan_sweep
     from distill.api import push_data_set as push_data_set
     from distill.api import push_model as push_model
     from distill.api import run as run
+    from distill.api import run_sweep as run_sweep
     from distill.api import score as score
     from distill.api import select as select
+    from distill.api import ship as ship
+    from distill.api import sweep_results as sweep_results
     from distill.api import train as train
     from distill.api import verify as verify
     from distill.api import write_report as write_report
+    from distill.api import write_sweep_report as write_sweep_report
     from distill.api import write_viewer as write_viewer
     from distill.config import Recipe as Recipe
     from distill.config import load_recipe as load_recipe
@@ -83,7 +91,8 @@ _HOMES = {
     "distill.api": (
         "make_plan", "run", "generate", "generate_shard", "generate_shards", "merge", "pilot", "forget", "select",
         "push_data_set", "score", "check", "train", "push_model", "evaluate", "export_model", "inspect", "write_viewer",
-        "verify", "write_report",
+        "verify", "write_report", "plan_sweep", "run_sweep", "sweep_results", "write_sweep_report", "ship", "compare",
+        "list_runs", "collect_garbage",
     ),
     "distill.config": ("Recipe", "load_recipe", "recipe_from"),
     "distill.errors": (

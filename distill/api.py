@@ -20,8 +20,13 @@ from distill.processes import launched
 from distill.runs import RunOptions, Shard
 
 if TYPE_CHECKING:
+    from distill.comparison import Comparison
     from distill.export.verify import Check
+    from distill.housekeeping import Collected, StageFolder
     from distill.students.check import Finding
+    from distill.sweep.forecast import SweepForecast
+    from distill.sweep.results import Results as SweepResults
+    from distill.sweep.run import SweepOutcome
     from distill.teachers.forgetting import Forgotten
     from distill.teachers.pilot import Pilot
     from distill.viewer import Written
@@ -226,6 +231,79 @@ def report_data(recipe_or_run: Recipe | Path | str, **where: Unpack[Where]) -> d
     """The numbers of the report as plain JSON values; a missing one has its reason beside it."""
     target = Path(recipe_or_run) if isinstance(recipe_or_run, str) else recipe_or_run
     return dict(_late("distill.report", "report_data")(target, options(**where)))
+
+
+# --- sweeps and the run store ---------------------------------------------------------------------------------------
+
+
+def plan_sweep(sweep: Path | str, **where: Unpack[Where]) -> "SweepForecast":
+    """What a sweep would do: trials, distinct stages, what is done, seconds, dollars; runs nothing, writes nothing.
+
+    Raises RecipeError, DataError or ModelError for a sweep or a trial that cannot run.
+    """
+    module: Any = importlib.import_module("distill.sweep.run")
+    seen: SweepForecast = module.foresee(module.plan_sweep(sweep, options(**where)))
+    return seen
+
+
+def run_sweep(sweep: Path | str, executor: str = "local", **where: Unpack[Where]) -> "SweepOutcome":
+    """Run a sweep's distinct stages, or go on with them; failed and pruned trials are in the outcome.
+
+    Stages run in processes of their own (`local`) or as Ray tasks (`ray`). Raises LockedError if another driver runs
+    it, RecipeError and its kin before anything is written.
+    """
+    outcome: SweepOutcome = _late("distill.sweep.run", "run_sweep")(sweep, options(**where), executor)
+    return outcome
+
+
+def sweep_results(sweep: Path | str, runs: Path | str = "runs") -> "SweepResults":
+    """What the finished trials of a sweep came to: candidates, best first, fronts, comparisons, what mattered."""
+    record = _late("distill.sweep.record", "read_record")(sweep, Path(runs))
+    results: SweepResults = _late("distill.sweep.results", "read_results")(record)
+    return results
+
+
+def write_sweep_report(sweep: Path | str, out: Path | str | None = None, runs: Path | str = "runs") -> Path:
+    """Write a sweep's report as one HTML page, with CSV and JSON beside it; returns the page's path."""
+    record = _late("distill.sweep.record", "read_record")(sweep, Path(runs))
+    return Path(_late("distill.sweep.report", "write_report")(record, Path(out) if out else None).html)
+
+
+def ship(
+    sweep: Path | str,
+    where: Sequence[str] = (),
+    least: str | None = None,
+    most: str | None = None,
+    trial: int | None = None,
+    out: Path | str | None = None,
+    runs: Path | str = "runs",
+) -> Path:
+    """Copy the artifact of the trial that passes `where` and has the least or most of a figure; returns the folder.
+
+        distill.ship("sweep.yaml", ["accuracy>=0.8"], least="bytes")
+
+    Raises GateError if no finished trial passes, RecipeError or RunError for what cannot ship.
+    """
+    module: Any = importlib.import_module("distill.sweep.ship")
+    record = _late("distill.sweep.record", "read_record")(sweep, Path(runs))
+    return Path(module.ship(record, module.choose(record, where, least, most, trial), Path(out) if out else None))
+
+
+def compare(targets: Sequence[str], runs: Path | str = "runs") -> "Comparison":
+    """Recipes, pipelines, stage folders or trials (`SWEEP:3`) side by side, paired with the first by problem."""
+    found: Comparison = _late("distill.comparison", "compare")(targets, RunOptions(Path(runs)))
+    return found
+
+
+def list_runs(runs: Path | str = "runs") -> "list[StageFolder]":
+    """Every stage run of a store, with its size and what it was made from."""
+    return list(_late("distill.housekeeping", "list_runs")(Path(runs)))
+
+
+def collect_garbage(names: Sequence[str] = (), delete: bool = False, runs: Path | str = "runs") -> "Collected":
+    """Stage runs that nothing of these names needs (nothing at all, without names); `delete` removes them."""
+    done: Collected = _late("distill.housekeeping", "collect")(Path(runs), names, delete)
+    return done
 
 
 def _late(module: str, name: str) -> Any:

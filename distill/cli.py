@@ -5,8 +5,6 @@ a failed check, 130 and 143 after SIGINT and SIGTERM. Everything heavy is import
 neither torch nor any other library of a stage.
 """
 
-import functools
-import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,14 +13,35 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill import __version__
-from distill.errors import DistillError, GateError, Interrupted, RecipeError, storage_errors
-from distill.interrupts import interruptible
+from distill.console import (
+    AsJson,
+    Device,
+    DryRun,
+    Overrides,
+    Partial,
+    Private,
+    PushToHub,
+    Quiet,
+    RecipePath,
+    Require,
+    RunsFolder,
+    Threads,
+    guarded,
+    print_json,
+    print_table,
+)
+from distill.errors import GateError, RecipeError, storage_errors
+from distill.sweep.commands import app as sweeps
 
 if TYPE_CHECKING:
+    from distill.comparison import Comparison
     from distill.config import Recipe
     from distill.forecast import Row
+    from distill.housekeeping import StageFolder
     from distill.pipeline import Outcome
     from distill.plan import Plan
+    from distill.report.facts import Estimate
+    from distill.report.scores import Score
     from distill.runs import RunOptions
     from distill.teachers.pilot import Pilot
 
@@ -43,69 +62,13 @@ STAGE_VERBS = {
 }
 """Verbs that run a recipe up to a stage (None: all of it)."""
 
-RESERVED = ("sweep", "compare", "bench", "chat", "serve", "runs", "gc")
+RESERVED = ("bench", "chat", "serve")
 """Verbs that later versions will have; refused by name so that no script comes to rely on them."""
-
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="section.key=value",
-        help="Values that replace the recipe's; lists take an index: student.phases.0.lr=1e-5.",
-        show_default=False,
-    ),
-]
-RunsFolder = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Run store.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; run nothing and write nothing.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.")]
-Threads = Annotated[int, typer.Option("--threads", metavar="N", min=0, help="CPU threads; 0 takes every core.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-Partial = Annotated[
-    bool, typer.Option("--accept-partial", help="Take the traces that are there as all there are; ask for none.")
-]
-Require = Annotated[bool, typer.Option("--require", help="Count a gate that could not run as failed.")]
-PushToHub = Annotated[
-    str | None,
-    typer.Option("--push-to-hub", metavar="USER/NAME", help="Upload the result with its card; takes HF_TOKEN."),
-]
-Private = Annotated[bool, typer.Option("--private", help="With --push-to-hub: a new repository is private.")]
 
 
 def main() -> None:
     """The entry point."""
     app()
-
-
-def guarded(verb: Callable[..., None]) -> Callable[..., None]:
-    """The verb with signals handled and errors turned into one line on stderr and an exit code.
-
-    Anything that is not a DistillError is a bug and keeps its traceback.
-    """
-
-    @functools.wraps(verb)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            with interruptible():
-                verb(*args, **kwargs)
-        except Interrupted as stop:
-            _complain(str(stop))
-            raise typer.Exit(stop.exit_code) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-        except DistillError as error:
-            _complain(f"error: {error}")
-            raise typer.Exit(error.exit_code) from None
-
-    return run
-
-
-def _complain(text: str) -> None:
-    print(" ".join(text.split()), file=sys.stderr, flush=True)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
 def _version(asked: bool) -> None:
@@ -161,7 +124,7 @@ def init(
                 f"{path}: cannot be written there: no such folder; make it, or name another --to FILE"
             ) from None
     if as_json:
-        _print_json({"recipe": key, "path": str(path)})
+        print_json({"recipe": key, "path": str(path)})
     else:
         print(f"{path}: written; look at its plan with: distill run {path} --dry-run")
 
@@ -177,9 +140,9 @@ def _shipped_recipes() -> dict[str, str]:
 def _list_shipped(shipped: Mapping[str, str], as_json: bool) -> None:
     firsts = {name: text.partition("\n")[0].lstrip("# ") for name, text in shipped.items()}
     if as_json:
-        _print_json(firsts)
+        print_json(firsts)
     else:
-        _print_table(["recipe", "what it does"], [[name, first] for name, first in firsts.items()])
+        print_table(["recipe", "what it does"], [[name, first] for name, first in firsts.items()])
 
 
 def _nearest(name: str, names: Mapping[str, str]) -> str:
@@ -281,14 +244,14 @@ def _print_pilot(pilot: "Pilot", as_json: bool) -> None:
     from distill.teachers.pilot import as_text
 
     if as_json:
-        _print_json(pilot.to_json())
+        print_json(pilot.to_json())
     else:
         print(as_text(pilot))
 
 
 def _print_shard(counts: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
-        _print_json(counts)
+        print_json(counts)
     else:
         print(", ".join(f"{key} {value}" for key, value in counts.items()))
 
@@ -383,9 +346,9 @@ def _reverify(recipe: "Recipe", options: "RunOptions", as_json: bool) -> None:
 
     comparison = reverify(recipe, options)
     if as_json:
-        _print_json(comparison.to_json())
+        print_json(comparison.to_json())
     else:
-        _print_table(["before", "now", "traces"], [[*names, f"{count:,}"] for *names, count in comparison.rows])
+        print_table(["before", "now", "traces"], [[*names, f"{count:,}"] for *names, count in comparison.rows])
 
 
 def _check_private(private: bool, push_to_hub: str | None) -> None:
@@ -395,7 +358,7 @@ def _check_private(private: bool, push_to_hub: str | None) -> None:
 
 def _print_address(what: str, address: str, as_json: bool) -> None:
     if as_json:
-        _print_json({what: address})
+        print_json({what: address})
     else:
         print(address)
 
@@ -474,7 +437,7 @@ def forget(
 
     done = api.forget(prompt_ids, reason, runs, purge)
     if as_json:
-        _print_json(done._asdict())
+        print_json(done._asdict())
         return
     print(f"{done.prompts} prompts removed, {done.lines} lines cut out of ledgers")
     for stage in done.stages:
@@ -487,10 +450,10 @@ def _print_plan(plan: "Plan", stage: str | None, as_json: bool) -> None:
     wanted = {step.label for step in plan.until(stage)} if stage else set(plan.steps)
     rows = [row for row in forecast(plan) if row.label in wanted]
     if as_json:
-        _print_json(plan_json(plan, rows))
+        print_json(plan_json(plan, rows))
         return
     print(f"{plan.recipe.name}: {len(rows)} stages, pipeline {plan.identity}")
-    _print_table(["stage", "identity", "state", "tokens at most", "why"], [_cells(row) for row in rows])
+    print_table(["stage", "identity", "state", "tokens at most", "why"], [_cells(row) for row in rows])
     for what in dict.fromkeys(what for row in rows for what in row.unresolved):
         name, _, revision = what.rpartition("@unresolved:")
         print(f"unresolved: {name or what} at {revision}: no hub answers; the commit, once known, changes identities")
@@ -499,13 +462,6 @@ def _print_plan(plan: "Plan", stage: str | None, as_json: bool) -> None:
 def _cells(row: "Row") -> list[str]:
     tokens = "?" if row.tokens is None else f"{row.tokens:,}" if row.tokens else "-"
     return [row.label, row.identity, row.state, tokens, row.why]
-
-
-def _print_table(titles: list[str], rows: list[list[str]]) -> None:
-    """A table without colours or lines, so that it reads the same in a pipe."""
-    widths = [max(len(row[column]) for row in [titles, *rows]) for column in range(len(titles))]
-    for row in [titles, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 def _print_outcome(outcome: "Outcome", stage: str | None, as_json: bool) -> None:
@@ -529,13 +485,13 @@ def _print_outcome(outcome: "Outcome", stage: str | None, as_json: bool) -> None
     if as_json:
         runs = next(iter(outcome.plan.steps.values())).runs if outcome.plan.steps else options().runs
         record = pipeline_file(outcome.plan, runs)
-        _print_json({"name": outcome.plan.recipe.name, "pipeline": str(record), "stages": stages})
+        print_json({"name": outcome.plan.recipe.name, "pipeline": str(record), "stages": stages})
         return
     rows = [
         [label, "ran" if made["ran_now"] else "cached", f"{made['seconds']:,.1f} s", _counts(made["counts"])]
         for label, made in stages.items()
     ]
-    _print_table(["stage", "", "time", "counts"], rows)
+    print_table(["stage", "", "time", "counts"], rows)
 
 
 def _counts(counts: Any, most: int = 6) -> str:
@@ -576,7 +532,7 @@ def report(
     source = load_recipe(target, overrides or ()) if is_recipe else target
     path = api.write_report(source, out, runs=runs)
     if as_json:
-        _print_json({"report": str(path), **api.report_data(source, runs=runs)})
+        print_json({"report": str(path), **api.report_data(source, runs=runs)})
     else:
         print(path)
 
@@ -619,14 +575,14 @@ def inspect(
     if html:
         page = api.write_viewer(target, html, filters, overrides or (), runs)
         if as_json:
-            _print_json(page._asdict())
+            print_json(page._asdict())
         else:
             print(page.path)
             print(f"traces: {page.traces:,}; {page.bytes / 1e6:,.1f} MB; open it in a browser", file=sys.stderr)
         return
     shown = api.inspect(target, filters, overrides or (), runs)
     if as_json:
-        _print_json([one.to_json() for one in shown])
+        print_json([one.to_json() for one in shown])
         return
     for number, one in enumerate(shown, 1):
         print(as_text(one, number, whole=full))
@@ -647,9 +603,9 @@ def verify(
 
     checks = api.verify(artifact, golden=not no_golden)
     if as_json:
-        _print_json([check._asdict() for check in checks])
+        print_json([check._asdict() for check in checks])
     else:
-        _print_table(["check", "result", "detail"], [[check.name, check.status, check.detail] for check in checks])
+        print_table(["check", "result", "detail"], [[check.name, check.status, check.detail] for check in checks])
     refuse_failed(checks, require)
 
 
@@ -671,9 +627,9 @@ def check(
     loaded = load_recipe(recipe, overrides or ())
     found = api.check(loaded, runs=runs, device=device, threads=threads, quiet=quiet)
     if as_json:
-        _print_json([one._asdict() for one in found])
+        print_json([one._asdict() for one in found])
     else:
-        _print_table(["check", "result", "detail"], [[one.name, one.status, one.detail] for one in found])
+        print_table(["check", "result", "detail"], [[one.name, one.status, one.detail] for one in found])
     if failed := [one.name for one in found if one.status == "failed"]:
         raise GateError(f"{len(failed)} of {len(found)} checks failed: {', '.join(failed)}")
 
@@ -692,9 +648,125 @@ def doctor(
 
     found = examine(RunOptions(runs, device, threads))
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         print(as_text(found))
+
+
+app.add_typer(sweeps, name="sweep")
+
+
+# --- the run store as a whole ---------------------------------------------------------------------------------------
+
+
+@app.command("compare")
+@guarded
+def compare(
+    targets: Annotated[
+        list[str], typer.Argument(metavar="RUN…", help="Recipes, pipelines, stage folders, or SWEEP:TRIAL.")
+    ],
+    runs: RunsFolder = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Lay runs side by side: accuracy with paired differences from the first, size, speed, money, what differs."""
+    from distill.comparison import compare as laid_out
+    from distill.runs import RunOptions
+
+    found = laid_out(targets, RunOptions(runs))
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _print_comparison(found)
+
+
+def _print_comparison(found: "Comparison") -> None:
+    from distill.progress import clock_text
+
+    rows = [
+        [row.model, row.set, *map(_score_cell, row.scores, row.minus_first)]
+        for row in found.rows
+        if any(score and score.accuracy for score in row.scores)
+    ]
+    rows.append(["time", "", *map(clock_text, found.seconds)])
+    if any(usd is not None for usd in found.dollars):
+        rows.append(["dollars", "", *("-" if usd is None else f"{usd:,.2f}" for usd in found.dollars)])
+    print_table(["model", "set", *found.names], rows)
+    if found.differing:
+        print_table(
+            ["differs", "", *found.names], [[key, "", *map(str, each)] for key, each in found.differing.items()]
+        )
+
+
+def _score_cell(score: "Score | None", minus: "Estimate | None") -> str:
+    if score is None or score.accuracy is None:
+        return "-"
+    text = f"{score.accuracy.value:.1%} ({score.accuracy.low:.1%} to {score.accuracy.high:.1%})"
+    text += f", {score.megabytes:,.1f} MB" if score.megabytes is not None else ""
+    if minus is None:
+        return text
+    return f"{text}, {100 * minus.value:+.1f} ({100 * minus.low:+.1f} to {100 * minus.high:+.1f})"
+
+
+@app.command("runs")
+@guarded
+def list_runs(
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN]", help="A stage run, by folder or identity: what it is made of."),
+    ] = None,
+    runs: RunsFolder = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """List the stage runs of a store with state, size and time; of one, the tree of what it was made from."""
+    from distill import housekeeping
+
+    found = housekeeping.list_runs(runs)
+    shown = list(housekeeping.tree(found, housekeeping.find_run(found, run))) if run else [(0, one) for one in found]
+    if as_json:
+        print_json([{**one.to_json(), "depth": depth} for depth, one in shown])
+        return
+    rows = [[f"{'  ' * depth}{one.folder.parent.name}/{one.folder.name}", *_run_cells(one)] for depth, one in shown]
+    print_table(["run", "state", "size", "time", "finished"], rows)
+    print(f"{len(shown)} stage runs, {_size(sum({one.folder: one.bytes for _, one in shown}.values()))}")
+
+
+def _run_cells(one: "StageFolder") -> list[str]:
+    from distill.progress import clock_text
+
+    seconds = one.document.get("seconds")
+    finished = str(one.document.get("finished") or "")[:16].replace("T", " ")
+    return [one.state, _size(one.bytes), "-" if seconds is None else clock_text(seconds), finished]
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
+
+
+@app.command("gc")
+@guarded
+def collect(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME…", help="Sweeps, pipelines and artifacts to keep; none keeps all there are."),
+    ] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete; without it they are only listed.")] = False,
+    runs: RunsFolder = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Find stage runs that nothing with a name needs; the ledger of paid answers is never touched."""
+    from distill.housekeeping import collect as collect_garbage
+
+    done = collect_garbage(runs, names or (), delete)
+    if as_json:
+        folders = {name: [str(one.folder) for one in getattr(done, name)] for name in ("removed", "busy")}
+        print_json({"deleted": delete, "bytes": done.bytes, "kept": done.kept, **folders})
+        return
+    rows = [[f"{one.folder.parent.name}/{one.folder.name}", *_run_cells(one)] for one in done.removed]
+    print_table(["run", "state", "size", "time", "finished"], rows)
+    for one in done.busy:
+        print(f"{one.folder}: not needed, but being written now; left alone", file=sys.stderr)
+    what = "deleted" if delete else "can go; --delete deletes them"
+    print(f"{len(done.removed)} stage runs, {_size(done.bytes)}, {what}; {done.kept} are needed")
 
 
 def _reserved_command(verb: str) -> Callable[..., None]:

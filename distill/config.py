@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -1339,21 +1339,39 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     what is allowed and the nearest valid key.
     """
     path = Path(path)
+    located = read_values(path)
+    for override in overrides:
+        apply_override(located.value, override)
+    return recipe_of(located, path)
+
+
+def read_values(path: Path, what: str = "recipe") -> Located:
+    """The plain values of a file of sections, with its stem as their name where they have none.
+
+    Raises RecipeError for a file that is not there, is not YAML, or is no mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError(
-            f"{path}: no such recipe; `distill init NAME` writes one of the shipped recipes to start from"
+            f"{path}: no such {what}; `distill init NAME` writes one of the shipped recipes to start from"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
     located = parse_yaml(text, str(path))
     if not isinstance(located.value, dict):
-        raise RecipeError(f"{path}:1: a recipe is a mapping of sections; given: {type(located.value).__name__}")
-    values = {"name": path.stem, **located.value}
-    for override in overrides:
-        apply_override(values, override)
-    resolved: Recipe = _resolve_paths(validate(Recipe, values, str(path), located.lines), path.parent)
+        raise RecipeError(f"{path}:1: a {what} is a mapping of sections; given: {type(located.value).__name__}")
+    return Located({"name": path.stem, **located.value}, located.lines)
+
+
+def recipe_of(located: Located, path: Path) -> Recipe:
+    """The recipe that plain values of a file make, its relative paths taken from the file's folder."""
+    return with_paths_from(path.parent, validate(Recipe, located.value, str(path), located.lines))
+
+
+def with_paths_from(folder: Path, section: SectionT) -> SectionT:
+    """The same section with every relative path in it taken from `folder`."""
+    resolved: SectionT = _resolve_paths(section, folder)
     return resolved
 
 
@@ -1385,32 +1403,67 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise RecipeError(f"override {override!r}: write it as section.key=value")
-    *parents, last = key.split(".")
-    target: Any = values
-    for depth, part in enumerate(parents):
-        target = _descend(target, part, ".".join(parents[: depth + 1]), override)
     value = parse_yaml(text, f"override {override!r}").value if text else None
+    values.update(with_value(values, key, value, f"override {override!r}"))
+
+
+def with_value(values: dict[str, Any], key: str, value: Any, what: str) -> dict[str, Any]:
+    """The same values with another one at a dotted key; what is not on the way to it is shared, not copied.
+
+    Raises RecipeError, which begins with `what`, where the key leads through something that is no section.
+    """
+    changed: dict[str, Any] = _with_value(values, key.split("."), 0, value, what)
+    return changed
+
+
+def _with_value(target: Any, parts: Sequence[str], depth: int, value: Any, what: str) -> Any:
+    if depth == len(parts):
+        return value
+    if target is None:
+        target = {}
+    if not isinstance(target, dict | list):
+        raise RecipeError(f"{what}: {'.'.join(parts[:depth])} is {target!r}, not a section")
+    part = parts[depth]
     if isinstance(target, list):
-        target[_index(target, last, override)] = value
-    else:
-        target[last] = value
+        index = _index(target, part, what)
+        return [*target[:index], _with_value(target[index], parts, depth + 1, value, what), *target[index + 1 :]]
+    return {**target, part: _with_value(target.get(part), parts, depth + 1, value, what)}
 
 
-def _descend(target: Any, part: str, so_far: str, override: str) -> Any:
-    if isinstance(target, list):
-        return target[_index(target, part, override)]
-    if target.get(part) is None:
-        target[part] = {}
-    child = target[part]
-    if not isinstance(child, dict | list):
-        raise RecipeError(f"override {override!r}: {so_far} is {child!r}, not a section")
-    return child
-
-
-def _index(target: list[Any], part: str, override: str) -> int:
+def _index(target: list[Any], part: str, what: str) -> int:
     if not part.isdigit() or int(part) >= len(target):
-        raise RecipeError(f"override {override!r}: {part!r} is not an index of a list of {len(target)}")
+        raise RecipeError(f"{what}: {part!r} is not an index of a list of {len(target)}")
     return int(part)
+
+
+def check_key(key: str, place: str, root: type[Section] = Recipe) -> None:
+    """Refuse a dotted key that no recipe has, naming the nearest ones; whether a list is long enough is not asked.
+
+    Raises RecipeError that begins with `place`.
+    """
+    kinds: list[Any] = [root]
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        forms = [kind for kind in kinds if _is_section(kind)]
+        allowed = list(dict.fromkeys(name for form in forms for name in form.model_fields))
+        if part in allowed:
+            kinds = [
+                inner
+                for form in forms
+                if part in form.model_fields
+                for inner in _types(form.model_fields[part].annotation)
+            ]
+        elif not _takes_any(part, kinds):
+            near = difflib.get_close_matches(part, allowed, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            there = f"; allowed here: {', '.join(allowed)}" if allowed else ""
+            raise RecipeError(f"{place}: a recipe has no key {'.'.join(parts[: depth + 1])!r}{hint}{there}")
+
+
+def _takes_any(part: str, kinds: Sequence[Any]) -> bool:
+    """Whether a part of a key may be an index of a list or a key of a dictionary."""
+    origins: list[Any] = [get_origin(kind) for kind in kinds]
+    return dict in origins or (part.isdigit() and list in origins)
 
 
 def validate(kind: type[SectionT], values: Any, where: str, lines: Mapping[Keys, int]) -> SectionT:
@@ -1468,7 +1521,8 @@ def _fields_at(kind: type[BaseModel], path: Keys) -> list[str]:
             if not inner:
                 return []
             kind = inner[0]
-    return [*kind.model_fields, *(["file"] if kind is VerifierSection else [])]
+    names = [field.alias or name for name, field in kind.model_fields.items()]
+    return [*names, *(["file"] if kind is VerifierSection else [])]
 
 
 def _types(annotation: Any) -> list[Any]:

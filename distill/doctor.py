@@ -18,6 +18,7 @@ EXTRAS = {
     "export": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir"),
     "harness": ("lm_eval",),
     "track": ("tensorboard",),
+    "sweep": ("optuna",),
     "vllm": ("vllm",),
     "gpu": ("flash_attn",),
 }

@@ -38,7 +38,7 @@ def forecast(plan: Plan) -> list[Row]:
     rows = []
     for step in plan.steps.values():
         state, why = state_of(step)
-        rows.append(Row(step.label, step.identity, state, why, _tokens(plan.recipe, step), unresolved(step)))
+        rows.append(Row(step.label, step.identity, state, why, tokens_at_most(plan.recipe, step), unresolved(step)))
     return rows
 
 
@@ -58,7 +58,8 @@ def _texts(value: Any) -> list[str]:
 # --- tokens at most -------------------------------------------------------------------------------------------------
 
 
-def _tokens(recipe: Recipe, step: Step) -> int | None:
+def tokens_at_most(recipe: Recipe, step: Step) -> int | None:
+    """Most tokens that a stage can generate or train on; None where that is not known, 0 where there are none."""
     if step.stage == "generate":
         return _generated(recipe)
     if step.stage == "eval":

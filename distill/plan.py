@@ -6,10 +6,10 @@ gives the whole graph, and a look at the run store says which of it is done, whi
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from distill.config import KdPhase, PromptSource, Recipe, Replay, TeacherModel, hashed_fields
 from distill.engines import ENGINES, load
@@ -81,14 +81,52 @@ MISSING_SECTION = {
 }
 
 
+ValueT = TypeVar("ValueT")
+
+
+class Shared:
+    """What the plans of many recipes have in common, found out once: digests of roots, hashed fields, whole steps.
+
+    Sections are told apart as objects, so recipes gain where they hold the very same ones. Files are taken not to
+    change while it is in use.
+    """
+
+    def __init__(self, digests: DigestCache | None = None) -> None:
+        self.digests = digests or DigestCache()
+        self.steps: dict[tuple[str, str], Step] = {}
+        """By label and identity; a step stands for every recipe that has it."""
+        self._known: dict[Hashable, Any] = {}
+
+    def once(self, what: Hashable, of: Sequence[object], make: Callable[[], ValueT]) -> ValueT:
+        """What `make` gave the first time for these very objects."""
+        key = (what, *map(id, of))
+        if key not in self._known:
+            self._known[key] = (make(), tuple(of))  # held, so that no other object takes an id
+        found: ValueT = self._known[key][0]
+        return found
+
+
 class Planner:
     """Builds the steps of one recipe; `make_plan` is the way in."""
 
-    def __init__(self, recipe: Recipe, options: RunOptions, cache: DigestCache) -> None:
+    def __init__(self, recipe: Recipe, options: RunOptions, shared: Shared) -> None:
         self.recipe = recipe
         self.options = options
-        self.cache = cache
+        self.shared = shared
+        self.cache = shared.digests
         self.steps: dict[str, Step] = {}
+
+    def hashed(self, section: Any) -> Any:
+        """`hashed_fields` of a section or a list of them."""
+        if isinstance(section, list):
+            return self.shared.once("hashed list", section, lambda: hashed_fields(section))
+        return self.shared.once("hashed", [section], lambda: hashed_fields(section))
+
+    def _prompt_roots(self, sources: Sequence[PromptSource]) -> dict[str, str]:
+        return self.shared.once("prompt roots", sources, lambda: prompt_roots(sources, self.cache))
+
+    def _verifiers(self, sources: Sequence[PromptSource]) -> list[str]:
+        return self.shared.once("verifiers", sources, lambda: verifier_labels(sources))
 
     def add(self, stage: str, label: str, fields: Mapping[str, Any], upstream: Mapping[str, Step], **args: Any) -> Step:
         """Name a step by what it is made from."""
@@ -100,8 +138,11 @@ class Planner:
                 "upstream": {role: step.identity for role, step in upstream.items()},
             }
         )[:16]
-        name = "-".join([self.recipe.name, *label.split(":")[1:]])
-        step = Step(stage, label, name, identity, fields, upstream, self.options.runs, args)
+        step = self.shared.steps.get((label, identity))
+        if step is None:
+            name = "-".join([self.recipe.name, *label.split(":")[1:]])
+            step = Step(stage, label, name, identity, fields, upstream, self.options.runs, args)
+            self.shared.steps[label, identity] = step
         self.steps[label] = step
         return step
 
@@ -128,7 +169,7 @@ class Planner:
         sources = self.recipe.prompts
         if not sources:
             return None
-        fields = {"sources": hashed_fields(sources), "roots": prompt_roots(sources, self.cache)}
+        fields = {"sources": self.hashed(sources), "roots": self._prompt_roots(sources)}
         return self.add("prompts", "prompts", fields, {})
 
     def _sets(self, prompts: Step | None) -> dict[str, Step]:
@@ -139,8 +180,8 @@ class Planner:
                 assert prompts is not None  # the recipe's own validation
                 sets[name] = prompts
             else:
-                roots = prompt_roots([chosen.source], self.cache)
-                fields = {"sources": hashed_fields([chosen.source]), "roots": roots}
+                roots = self._prompt_roots([chosen.source])
+                fields = {"sources": self.hashed([chosen.source]), "roots": roots}
                 sets[name] = self.add("prompts", f"prompts:{name}", fields, {}, set=name)
         return sets
 
@@ -149,31 +190,32 @@ class Planner:
         if teacher is None or prompts is None:
             return None
         roots = self._teacher_roots()
-        fields = {"teacher": hashed_fields(teacher), "roots": roots}
+        fields = {"teacher": self.hashed(teacher), "roots": roots}
         if teacher.engine in ("transformers", "onnx", "vllm"):
             # a local teacher reads the format's markers and renders with the recipe's template
-            fields["format"] = hashed_fields(self.recipe.format)
+            fields["format"] = self.hashed(self.recipe.format)
         if teacher.engine == "recorded":
             fields["markers"] = [self.recipe.format.open_marker, self.recipe.format.close_marker]
         if teacher.until is not None:
-            fields["verifiers"] = verifier_labels(self.recipe.prompts)  # they decide when a prompt has enough samples
+            fields["verifiers"] = self._verifiers(self.recipe.prompts)  # they decide when a prompt has enough samples
         generated = self.add("generate", "generate", fields, {"prompts": prompts})
         if self.options.accept_partial and not generated.sealed:
             # what is there now is another thing than what is wanted, and has an identity of its own
-            fields["partial"] = self._ledger_content(roots)
+            fields = {**fields, "partial": self._ledger_content(roots)}
             generated = self.add("generate", "generate", fields, {"prompts": prompts})
         # prompts of named evaluation sets never train, so selection depends on them
         kept_apart = {f"set:{name}": step for name, step in sets.items() if step is not prompts}
-        fields = {"select": hashed_fields(self.recipe.select), "verifiers": verifier_labels(self.recipe.prompts)}
+        fields = {"select": self.hashed(self.recipe.select), "verifiers": self._verifiers(self.recipe.prompts)}
         # the data set's chats are written with them
-        markers = {key: text for key, text in hashed_fields(self.recipe.format).items() if key.endswith("_marker")}
+        markers = {key: text for key, text in self.hashed(self.recipe.format).items() if key.endswith("_marker")}
         fields |= {"markers": markers} if markers else {}
         return self.add("select", "select", fields, {"traces": generated, "prompts": prompts, **kept_apart})
 
     def _teacher_roots(self) -> dict[str, str]:
         assert self.recipe.teacher is not None
-        module = load(ENGINES[self.recipe.teacher.engine].partition(":")[0] + ":roots")
-        return dict(module(self.recipe.teacher, self.cache))
+        teacher = self.recipe.teacher
+        module = load(ENGINES[teacher.engine].partition(":")[0] + ":roots")
+        return self.shared.once("teacher roots", [teacher], lambda: dict(module(teacher, self.cache)))
 
     def _ledger_content(self, roots: Mapping[str, str]) -> str:
         """What the teacher has answered so far, for a run that takes it as it is."""
@@ -187,19 +229,26 @@ class Planner:
         """The student's starting point: name and content."""
         student = self.recipe.student
         assert student is not None
-        source = find_model(student.init, student.revision)
-        name = student.init if source.folder is None else "<by content>"
-        return {"init": name, "root": model_digest(source, self.cache)}
+        return self._model("init", student.init, student.revision)
+
+    def _model(self, key: str, name: str, revision: str) -> dict[str, Any]:
+        """What identifies a model: a hub id with its commit, else the content of its files."""
+
+        def look() -> dict[str, Any]:
+            source = find_model(name, revision)
+            return {key: name if source.folder is None else "<by content>", "root": model_digest(source, self.cache)}
+
+        return self.shared.once(("model", key, name, revision), [], look)
 
     def _prune(self, examples: Step | None) -> Step | None:
         student = self.recipe.student
         if student is None or student.prune is None:
             return None
-        fields: dict[str, Any] = {"prune": hashed_fields(student.prune), "base": self._base()}
+        fields: dict[str, Any] = {"prune": self.hashed(student.prune), "base": self._base()}
         upstream: dict[str, Step] = {}
         if student.prune.measured:
             assert examples is not None  # the recipe's own validation
-            fields["format"] = hashed_fields(self.recipe.format)
+            fields["format"] = self.hashed(self.recipe.format)
             upstream["examples"] = examples
         return self.add("prune", "prune", fields, upstream)
 
@@ -211,14 +260,14 @@ class Planner:
         if logprobs is None or examples is None or not cached:
             return {}
         unused = {"topk": ("draws", "seed"), "sampled": ("k",), "hybrid": ()}[logprobs.form]
-        given = hashed_fields(logprobs).items()
+        given = self.hashed(logprobs).items()
         stored = {key: value for key, value in given if key != "teachers" and key not in unused}
         steps = {}
         for teacher in logprobs.teachers:
             fields = {
                 "logprobs": stored,
                 "teacher": self._distilled(teacher),
-                "format": hashed_fields(self.recipe.format),
+                "format": self.hashed(self.recipe.format),
                 # they render and tokenize the documents; the student's weights do not matter
                 **({"tokenizer": self._tokenizer(), "new_tokens": list(student.new_tokens)} if student else {}),
             }
@@ -228,16 +277,15 @@ class Planner:
 
     def _distilled(self, teacher: TeacherModel) -> dict[str, Any]:
         """What identifies a teacher whose distribution is learned, but for its share in a mixture."""
-        source = find_model(teacher.model, teacher.revision)
-        fields = {key: value for key, value in hashed_fields(teacher).items() if key not in ("name", "weight")}
-        return {**fields, "model": teacher.model if source.folder is None else "<by content>",
-                "root": model_digest(source, self.cache)}  # fmt: skip
+        fields = {key: value for key, value in self.hashed(teacher).items() if key not in ("name", "weight")}
+        return {**fields, **self._model("model", teacher.model, teacher.revision)}
 
     def _tokenizer(self) -> str:
         """What identifies the student's tokenizer."""
         student = self.recipe.student
         assert student is not None
-        return tokenizer_root(find_model(student.init, student.revision), self.cache)
+        given = (student.init, student.revision)
+        return self.shared.once(("tokenizer", *given), [], lambda: tokenizer_root(find_model(*given), self.cache))
 
     def _learned(self, phase: KdPhase, scores: Mapping[str, Step]) -> tuple[dict[str, Any], dict[str, Step]]:
         """Fields and upstream steps of a phase that learns distributions."""
@@ -258,9 +306,9 @@ class Planner:
         last: Step | None = pruned
         for index, phase in enumerate(student.phases):
             fields: dict[str, Any] = {
-                "phase": hashed_fields(phase),
+                "phase": self.hashed(phase),
                 "precision": student.precision,
-                "format": hashed_fields(self.recipe.format),
+                "format": self.hashed(self.recipe.format),
             }
             if student.new_tokens:
                 fields["new_tokens"] = list(student.new_tokens)
@@ -299,7 +347,7 @@ class Planner:
                 fields["base"] = self._base()
             if model == "teacher":
                 assert self.recipe.teacher is not None
-                fields["teacher"] = hashed_fields(self.recipe.teacher)
+                fields["teacher"] = self.hashed(self.recipe.teacher)
                 fields["roots"] = self._teacher_roots()
             self.add(
                 "eval",
@@ -316,19 +364,19 @@ class Planner:
         evaluate = self.recipe.evaluate
         assert evaluate is not None
         return {
-            "sampling": hashed_fields(evaluate.sampling),
+            "sampling": self.hashed(evaluate.sampling),
             "batch_size": evaluate.batch_size,
             "limit": evaluate.sets[name].limit,
-            "format": hashed_fields(self.recipe.format),
+            "format": self.hashed(self.recipe.format),
             "precision": self.recipe.student.precision if self.recipe.student else "fp32",
-            "verifiers": verifier_labels(set_sources(self.recipe, name)),
+            "verifiers": self._verifiers(set_sources(self.recipe, name)),
         }
 
     def _export(self, student: Step | None, sets: Mapping[str, Step]) -> None:
         export = self.recipe.export
         if export is None:
             return
-        fields: dict[str, Any] = {"export": hashed_fields(export), "format": hashed_fields(self.recipe.format)}
+        fields: dict[str, Any] = {"export": self.hashed(export), "format": self.hashed(self.recipe.format)}
         upstream: dict[str, Step] = {}
         if student is not None and export.model is None:
             upstream["model"] = student
@@ -361,12 +409,12 @@ def verifier_labels(sources: Sequence[PromptSource]) -> list[str]:
     return sorted({resolve(source.verifier).label for source in sources})
 
 
-def make_plan(recipe: Recipe, options: RunOptions, cache: DigestCache | None = None) -> Plan:
+def make_plan(recipe: Recipe, options: RunOptions, shared: Shared | None = None) -> Plan:
     """The stages of a recipe with their identities; reads root files, runs nothing, writes nothing in the run store.
 
-    Raises RecipeError, DataError or ModelError if a root is missing.
+    `shared` keeps what other recipes' plans need too. Raises RecipeError, DataError or ModelError if a root is missing.
     """
-    return Planner(recipe, options, cache or DigestCache()).build()
+    return Planner(recipe, options, shared or Shared()).build()
 
 
 # --- what is done, and why the rest is not --------------------------------------------------------------------------

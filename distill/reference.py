@@ -14,6 +14,15 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from distill.config import FileVerifier, Recipe, Section, is_hashed
+from distill.sweep.config import Sweep
+
+SWEEP_OPENING = """# Sweep reference
+
+One YAML file describes one sweep: a base recipe, what varies in it, what is wanted and what it may cost. This page is
+generated from the code by `make docs`; [sweeps.md](sweeps.md) is the guide.
+
+Keys of the recipe are written as on the command line: dotted, lists by index (`student.phases.0.lr`).
+"""
 
 CONFIG_OPENING = """# Recipe reference
 
@@ -39,7 +48,7 @@ shell. This page is generated from the code by `make docs`.
 
 def pages() -> dict[str, str]:
     """File name and text of every generated page."""
-    return {"config.md": config_page(), "cli.md": cli_page()}
+    return {"config.md": config_page(), "sweep.md": sweep_page(), "cli.md": cli_page()}
 
 
 # --- recipes --------------------------------------------------------------------------------------------------------
@@ -47,14 +56,23 @@ def pages() -> dict[str, str]:
 
 def config_page() -> str:
     """The recipe reference in Markdown."""
-    parts, first_at = [CONFIG_OPENING], dict[type, str]()
-    for path, section in sections(Recipe):
-        title = f"`{path}`" if path else "The recipe"
+    return _sections_page(CONFIG_OPENING, Recipe, "The recipe")
+
+
+def sweep_page() -> str:
+    """The reference of sweep files in Markdown."""
+    return _sections_page(SWEEP_OPENING, Sweep, "The sweep", identity=False)
+
+
+def _sections_page(opening: str, root: type[BaseModel], name: str, identity: bool = True) -> str:
+    parts, first_at = [opening], dict[type, str]()
+    for path, section in sections(root):
+        title = f"`{path}`" if path else name
         if section in first_at:
             parts.append(f"## {title}\n\nThe same keys as [`{first_at[section]}`](#{_anchor(first_at[section])}).\n")
         else:
             first_at[section] = path
-            parts.append(f"## {title}\n\n{_paragraph(section)}\n\n{_table(section)}")
+            parts.append(f"## {title}\n\n{_paragraph(section)}\n\n{_table(section, identity)}")
     return "\n".join(parts)
 
 
@@ -77,7 +95,7 @@ def sections(root: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
         seen.add(section)
         for name, field in section.model_fields.items():
             for suffix, inner in _inner_sections(field.annotation):
-                yield from visit(f"{path}.{name}{suffix}".lstrip("."), inner)
+                yield from visit(f"{path}.{field.alias or name}{suffix}".lstrip("."), inner)
 
     return visit("", root)
 
@@ -102,12 +120,15 @@ def _paragraph(section: type[BaseModel]) -> str:
     return " ".join((section.__doc__ or "").split())
 
 
-def _table(section: type[BaseModel]) -> str:
-    rows = ["| key | type | default | identity | meaning |", "|---|---|---|---|---|"]
+def _table(section: type[BaseModel], identity: bool) -> str:
+    """The keys of a section; `identity` adds whether each is part of a stage's."""
+    titles = ["key", "type", "default", *(["identity"] if identity else []), "meaning"]
+    rows = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for name, field in section.model_fields.items():
         text = " ".join((field.description or "").split())
-        cells = [f"`{name}`", _code(type_name(field.annotation) + _bounds(field)), _default(field)]
-        rows.append("| " + " | ".join([*cells, "yes" if is_hashed(field) else "no", text.replace("|", "\\|")]) + " |")
+        cells = [f"`{field.alias or name}`", _code(type_name(field.annotation) + _bounds(field)), _default(field)]
+        cells += ["yes" if is_hashed(field) else "no"] if identity else []
+        rows.append("| " + " | ".join([*cells, text.replace("|", "\\|")]) + " |")
     return "\n".join(rows) + "\n"
 
 
@@ -177,9 +198,7 @@ def cli_page() -> str:
 
     command: Any = get_command(app)
     parts, first_with = [CLI_OPENING, f"## distill\n\n{_options(command)}"], dict[str, str]()
-    for name, verb in command.commands.items():
-        if verb.hidden:
-            continue
+    for name, verb in _verbs(command):
         options = _options(verb)
         same = first_with.setdefault(options, name)
         usage = " ".join([name, *(_argument(part) for part in verb.params if part.param_type_name == "argument")])
@@ -187,6 +206,15 @@ def cli_page() -> str:
         parts.append(f"## distill {name}\n\n    distill {usage} [options]\n\n{verb.help.strip()}\n\n{shown}")
     reserved = ", ".join(f"`{name}`" for name in RESERVED)
     return "\n".join([*parts, f"## Reserved\n\nRefused with exit code 2 until they are there: {reserved}.\n"])
+
+
+def _verbs(command: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Every verb with its whole name; those of a group under the group's."""
+    for name, verb in command.commands.items():
+        if hasattr(verb, "commands"):
+            yield from _verbs(verb, f"{before}{name} ")
+        elif not verb.hidden:
+            yield before + name, verb
 
 
 def _argument(part: Any) -> str:

@@ -70,6 +70,8 @@ class RunOptions:
     """Seal the traces that are there and ask for none: a budget was reached, or some requests keep failing."""
     ask: bool = True
     """Whether the teacher may be asked; without, a stage is only put together from what the ledger has."""
+    once: bool = False
+    """Whether a run that somebody else has finished meanwhile is refused, rather than made again."""
     shard: "Shard | None" = None
     """The part of the prompts that this process answers."""
 
@@ -300,11 +302,14 @@ class OpenRun:
 def open_run(step: Step, options: RunOptions) -> Iterator[OpenRun]:
     """Hold a stage run's folder and its lock while it is written.
 
-    Raises RunError if another process writes it, StorageError if the disk refuses.
+    Raises LockedError if another process writes it, or with `options.once` has finished it; StorageError if the disk
+    refuses.
     """
     with storage_errors(f"{step.label}: cannot write {step.folder}"):
         step.folder.mkdir(parents=True, exist_ok=True)
         with locked(step.folder, f"{step.label} is being written"):
+            if options.once and step.sealed:
+                raise LockedError(f"{step.folder}: another process has just finished it; run again to go on from there")
             run = OpenRun(step, options)
             try:
                 yield run
@@ -338,6 +343,19 @@ def locked(folder: Path, what: str, shared: bool = False) -> Iterator[None]:
         lock.write(f"process {os.getpid()} on {platform.node()}")
         lock.flush()
         yield
+
+
+def holder_of(folder: Path) -> str | None:
+    """Who holds the lock on a folder now; None where nobody does."""
+    path = folder / LOCK_FILE
+    if not path.is_file():
+        return None
+    with path.open(encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return lock.read().strip() or "another process"
+    return None
 
 
 def environment(options: RunOptions) -> dict[str, Any]:

@@ -66,6 +66,29 @@ def paired_difference(first: Sequence[float], second: Sequence[float], seed: int
     return bootstrap_mean(np.subtract(first, second, dtype=np.float64).tolist(), seed)
 
 
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """Exact two-sided p-value that two models are right equally often, from the problems on which just one is right.
+
+    McNemar 1947 with the binomial distribution; 1 where they never differ. Raises ValueError as `paired_difference`.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"McNemar's test takes the same problems on both sides ({len(first)} and {len(second)})")
+    only_first = sum(a and not b for a, b in zip(first, second))
+    only_second = sum(b and not a for a, b in zip(first, second))
+    differ = only_first + only_second
+    tail = sum(math.comb(differ, k) for k in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / (1 << differ))
+
+
+def explained_share(groups: Sequence[Sequence[float]]) -> float:
+    """Share of the values' variance that their group's mean explains (eta squared); 0 where nothing varies."""
+    values = np.concatenate([np.asarray(group, dtype=np.float64) for group in groups])
+    total = float(((values - values.mean()) ** 2).sum())
+    between = sum(len(group) * (float(np.mean(group)) - float(values.mean())) ** 2 for group in groups)
+    rounding = values.size * (float(np.abs(values).max()) * 1e-12) ** 2
+    return float(between / total) if total > rounding else 0.0
+
+
 def _resampled_means(values: "np.ndarray[tuple[int], np.dtype[np.float64]]", seed: int) -> "np.ndarray":
     generator = np.random.default_rng(seed)
     chunk = max(1, 2_000_000 // values.size)  # bounds the memory of the index table

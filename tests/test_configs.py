@@ -71,3 +71,29 @@ def test_a_hub_commit_that_cannot_be_found_out_is_said(tmp_path: Path, cli: Call
     said = cli("run", recipe, "--dry-run", "--runs", tmp_path)
     assert said.code == 0, said.err
     assert "unresolved: openai/gsm8k at main" in said.out and "unresolved: Qwen/Qwen2.5-0.5B at main" in said.out
+
+
+# --- sweeps ---------------------------------------------------------------------------------------------------------
+
+SWEEPS = sorted((Path(__file__).resolve().parent.parent / "configs" / "sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_a_shipped_sweep_says_how_to_run_it_and_plans_without_a_network(
+    path: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    first, *rest = path.read_text(encoding="utf-8").splitlines()
+    assert first.startswith("# ") and any("distill sweep" in line for line in rest if line.startswith("#"))
+    said = cli("sweep", path, "--dry-run", "--json", "--runs", tmp_path / "runs")
+    assert said.code == 0, said.err
+    assert said.json["trials"] >= 12 and not (tmp_path / "runs").exists()
+
+
+def test_the_quickstart_s_sweep_shares_what_its_trials_have_in_common(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    (path,) = (path for path in SWEEPS if path.stem == "quickstart")
+    rows = cli("sweep", path, "--dry-run", "--json", "--runs", tmp_path / "runs").json["kinds"]
+    distinct = {row["kind"]: row["distinct"] for row in rows}
+    assert distinct == {
+        "prompts": 1, "generate": 1, "select": 3, "prune": 3, "eval:base": 4, "eval:teacher": 1, "train": 6,
+        "eval:student": 6, "export": 12,
+    }  # fmt: skip

@@ -65,8 +65,9 @@ def test_every_module_is_in_the_wheel(root: Path, names: set[str]) -> None:
     assert {name for name in names if name.endswith(".py")} == own | mapped
 
 
-def test_every_recipe_is_in_the_wheel(root: Path, names: set[str]) -> None:
-    recipes = {f"distill/configs/{path.name}" for path in (root / "configs").glob("*.yaml")}
+def test_every_recipe_and_sweep_is_in_the_wheel(root: Path, names: set[str]) -> None:
+    folder = root / "configs"
+    recipes = {f"distill/configs/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.yaml")}
     assert recipes and recipes == {name for name in names if name.endswith(".yaml")}
 
 

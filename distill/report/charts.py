@@ -113,6 +113,90 @@ def lines(title: str, series: Sequence[Line], x: Axis, y: Axis, dots: bool = Fal
     )
 
 
+class Point(NamedTuple):
+    """One point of a scatter chart, with a vertical interval where it has one."""
+
+    name: str
+    """Short: it stands beside the point."""
+    x: float
+    y: float
+    colour: str
+    low: float | None = None
+    high: float | None = None
+    detail: str = ""
+    """What the point's tooltip adds."""
+
+
+def scatter(title: str, points: Sequence[Point], front: Sequence[tuple[float, float]], x: Axis, y: Axis) -> str:
+    """Points with their intervals, and the front that joins the best of them as steps."""
+    corners = [corner for (a, b), (c, d) in zip(front, front[1:]) for corner in ((a, b), (c, b), (c, d))] or front
+    line = _stroke(Line("front", "m-student", corners, "faint"), x, y) if len(front) > 1 else ""
+    strokes = "".join(_grid_line(y.at(value)) for value, _ in y.ticks) + line
+    words = "; ".join(f"{point.name} {point.y:.3g} at {point.x:,.6g}" for point in points)
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption><div class="plot" role="img"'
+        f' aria-label="{escape(f"{title}; {y.title} over {x.title}: {words}")}"><div class="area">'
+        f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{strokes}</svg>'
+        f"{''.join(_point(point, x, y) for point in points)}"
+        f"{''.join(_tick(value, text, x, 'x') for value, text in x.ticks)}"
+        f"{''.join(_tick(value, text, y, 'y') for value, text in y.ticks)}"
+        f'</div><span class="xtitle">{escape(x.title)}</span></div></figure>'
+    )
+
+
+def _point(point: Point, x: Axis, y: Axis) -> str:
+    left, bottom = x.at(point.x), y.at(point.y)
+    bar = ""
+    if point.low is not None and point.high is not None:
+        low, high = y.at(point.low), y.at(point.high)
+        span = f"left:{left:.2f}%;bottom:{low:.2f}%;height:{high - low:.2f}%"
+        bar = f'<i class="upright {point.colour}" style="{span}"></i>'
+    tooltip = f"{point.name}: {point.y:.3g} at {point.x:,.6g} {point.detail}".strip()
+    place = f"left:{left:.2f}%;bottom:{bottom:.2f}%"
+    return (
+        f'{bar}<i class="dot {point.colour}" style="{place}" title="{escape(tooltip)}"></i>'
+        f'<span class="pointname" style="{place}">{escape(point.name)}</span>'
+    )
+
+
+class Track(NamedTuple):
+    """One line through a chart of parallel axes: where it crosses each, from 0 to 1; None where it has no value."""
+
+    name: str
+    colour: str
+    at: Sequence[float | None]
+    style: str = ""
+
+
+def parallel(title: str, axes: Sequence[tuple[str, Sequence[tuple[float, str]]]], tracks: Sequence[Track]) -> str:
+    """Parallel axes, each with its title and ticks (share of the axis, text), and a line for each track."""
+    step = 100 / max(1, len(axes) - 1)
+    uprights = "".join(f'<path class="gridline" d="M{index * step:.2f} 0V100"/>' for index in range(len(axes)))
+    drawn = "".join(_track(track, step) for track in tracks)
+    names = "".join(
+        f'<span class="pname" style="left:{index * step:.2f}%">{escape(name)}</span>'
+        for index, (name, _) in enumerate(axes)
+    )
+    ticks = "".join(
+        f'<span class="ptick" style="left:{index * step:.2f}%;bottom:{100 * share:.2f}%">{escape(text)}</span>'
+        for index, (_, marks) in enumerate(axes)
+        for share, text in marks
+    )
+    words = f"{title}: {len(tracks)} lines over {', '.join(name for name, _ in axes)}. The numbers are in the table."
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption><div class="parallel" role="img"'
+        f' aria-label="{escape(words)}"><div class="area"><svg viewBox="0 0 100 100" preserveAspectRatio="none"'
+        f' aria-hidden="true">{uprights}{drawn}</svg>{ticks}{names}</div></div></figure>'
+    )
+
+
+def _track(track: Track, step: float) -> str:
+    path = " ".join(f"{index * step:.2f},{100 - 100 * at:.2f}" for index, at in enumerate(track.at) if at is not None)
+    return (
+        f'<polyline class="{track.colour} {track.style}" points="{path}"><title>{escape(track.name)}</title></polyline>'
+    )
+
+
 def _in_words(title: str, series: Sequence[Line], x: Axis, y: Axis) -> str:
     ends = (
         f"{line.name} from {line.points[0][1]:.3g} to {line.points[-1][1]:.3g}" for line in series if len(line.points)

@@ -149,9 +149,7 @@ def _of_recipe(recipe: Recipe, options: RunOptions) -> Pipeline:
         for step in plan.steps.values()
     ]
     updated = str(read_document(record).get("updated", "")) if record.is_file() else ""
-    return Pipeline(
-        recipe.name, plan.identity, options.runs, _in_order(stages), recipe.model_dump(mode="json"), updated
-    )
+    return Pipeline(recipe.name, plan.identity, options.runs, in_order(stages), recipe.model_dump(mode="json"), updated)
 
 
 def _of_record(path: Path) -> Pipeline:
@@ -164,7 +162,7 @@ def _of_record(path: Path) -> Pipeline:
         for label, step in document["steps"].items()
     ]
     names = {key: str(document.get(key, "")) for key in ("name", "identity", "updated")}
-    return Pipeline(runs=runs, stages=_in_order(stages), recipe=document.get("recipe", {}), **names)
+    return Pipeline(runs=runs, stages=in_order(stages), recipe=document.get("recipe", {}), **names)
 
 
 def _of_stage_folder(folder: Path) -> Pipeline:
@@ -185,10 +183,11 @@ def _lineage(folder: Path) -> Pipeline:
         found[path] = StageRun(place.label, path.name.rpartition("-")[2], path, upstream)
         waiting.extend(other for other in place.upstream.values() if other not in found)
     last = found[folder]
-    return Pipeline(folder.name, last.identity, folder.parent.parent, _in_order(list(found.values())))
+    return Pipeline(folder.name, last.identity, folder.parent.parent, in_order(list(found.values())))
 
 
-def _in_order(runs: list[StageRun]) -> dict[str, StageRun]:
+def in_order(runs: list[StageRun]) -> dict[str, StageRun]:
+    """Stages by label, in the order in which they are told."""
     return {run.label: run for run in sorted(runs, key=_place)}
 
 

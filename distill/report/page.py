@@ -44,17 +44,24 @@ def render(report: Report) -> str:
     made = [(part, part.make(report, palette)) for part in PARTS]
     links = "".join(f'<li><a href="#{part.anchor}">{part.name}</a></li>' for part, html in made if html)
     title = f"{report.name}: distillation report"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<meta name="description" content="{escape(sentence(report.headline))}">'
-        f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body>"
+    body = (
         f"{top(report, palette)}"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n<main>'
         f"{''.join(html for _, html in made)}"
         f"</main>\n<footer>Written by distill from {escape(report.runs)}, pipeline {escape(report.identity)}. Intervals"
-        " are 95%, two-sided. This page holds everything it shows and loads nothing.</footer></body></html>\n"
+        " are 95%, two-sided. This page holds everything it shows and loads nothing.</footer>"
+    )
+    return document(title, sentence(report.headline), body)
+
+
+def document(title: str, description: str, body: str, css: str = CSS) -> str:
+    """A whole page that loads nothing; `body` is html."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta name="description" content="{escape(description)}">'
+        f"<title>{escape(title)}</title><style>{css}</style></head>\n<body>{body}</body></html>\n"
     )
 
 

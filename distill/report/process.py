@@ -170,7 +170,7 @@ def _phase_tiles(phase: Phase) -> Iterator[tuple[str, str, str]]:
 
 
 def _curves(phase: Phase) -> str:
-    x = axis_to("tokens trained on", phase.curve[-1].tokens, _thousands)
+    x = axis_to("tokens trained on", phase.curve[-1].tokens, thousands)
     loss = [(float(point.tokens), point.loss) for point in phase.curve]
     series = [Line("loss", "m-student", loss)]
     if len(loss) >= SMOOTHED_FROM:
@@ -191,7 +191,7 @@ def _look_charts(phase: Phase) -> str:
     """What the monitor saw: held-out loss by segment, and accuracy on each of its sets."""
     if not phase.looks:
         return ""
-    x = axis_to("tokens trained on", max(1, phase.looks[-1].tokens), _thousands)
+    x = axis_to("tokens trained on", max(1, phase.looks[-1].tokens), thousands)
     losses = _look_series(phase, lambda name: name.startswith("heldout_loss"), _segment)
     accuracies = _look_series(
         phase, lambda name: name.endswith("/accuracy"), lambda name: name.removesuffix("/accuracy")
@@ -248,7 +248,8 @@ def smoothed(points_: Sequence[tuple[float, float]]) -> list[tuple[float, float]
     return [(x, sum(y for _, y in window) / len(window)) for (x, _), window in zip(points_, windows)]
 
 
-def _thousands(value: float) -> str:
+def thousands(value: float) -> str:
+    """`12k`, `1.5M`."""
     if value >= 1e6:
         return f"{value / 1e6:g}M"
     return f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
@@ -266,7 +267,7 @@ def cost(report: Report, _: Palette) -> str:
     facts = report.facts
     money = _money(facts.costs) if facts.costs else ""
     lead = "What it took: the teacher's tokens and money, and the wall time of every stage."
-    return section("cost", "Cost", lead, money, _stages(facts))
+    return section("cost", "Cost", lead, money, stages_table(facts))
 
 
 def _money(costs: Costs) -> str:
@@ -288,7 +289,8 @@ def _money(costs: Costs) -> str:
     return f'<h3>Teacher\'s answers <small class="na">{escape(teacher)}</small></h3>{tiles(shown)}'
 
 
-def _stages(facts: Facts) -> str:
+def stages_table(facts: Facts) -> str:
+    """Every stage with its state, time and folder."""
     seconds = [stage.seconds or 0.0 for stage in facts.stages]
     rows = [_stage_row(stage, max(seconds)) for stage in facts.stages]
     rows.append(["all", "", "", duration(sum(seconds)), "", ""])

@@ -43,7 +43,7 @@ def accuracy(report: Report, palette: Palette) -> str:
     groups = _by_set(report.scores.scores)
     if not groups:
         return ""
-    body = "".join(_set_accuracy(name, group, palette) for name, group in groups.items())
+    body = "".join(set_accuracy(name, group, palette) for name, group in groups.items())
     lead = "Did the student learn? Verified answers to problems that were kept out of its training set."
     return section("accuracy", "Accuracy", lead, body)
 
@@ -55,7 +55,8 @@ def _by_set(scores: Sequence[Score]) -> dict[str, list[Score]]:
     return groups
 
 
-def _set_accuracy(name: str, group: Sequence[Score], palette: Palette) -> str:
+def set_accuracy(name: str, group: Sequence[Score], palette: Palette) -> str:
+    """One evaluation set: bars with intervals, all numbers, accuracy within token budgets."""
     if not any(score.accuracy for score in group):
         reasons = ", ".join(f"{score.model} ({score.why_not('accuracy')})" for score in group)
         return f'<h3>{escape(name)}</h3><p class="note">n/a, nothing is measured yet: {escape(reasons)}.</p>'
@@ -164,7 +165,7 @@ def artifact(report: Report, palette: Palette) -> str:
         lead,
         _size_and_speed(made, group, palette),
         _changes_table(report.scores.changes, palette),
-        _gates(made, palette),
+        gates_table(made, palette),
     )
 
 
@@ -217,7 +218,8 @@ def _changes_table(changes: Sequence[Changes], palette: Palette) -> str:
     return table("Answers that stayed and that changed", columns, rows)
 
 
-def _gates(made: Artifact, palette: Palette) -> str:
+def gates_table(made: Artifact, palette: Palette) -> str:
+    """Every gate with its value and limit."""
     rows = [_gate_row(gate, palette) for gate in made.gates]
     if not rows:
         return '<p class="note">No gate has been run.</p>'
@@ -262,7 +264,7 @@ def answers(report: Report, palette: Palette) -> str:
         alike = list(group)
         count = f"{len(alike)} of {alike[0].of_kind:,} on {alike[0].set}"
         body.append(f'<h3>{escape(alike[0].kind)} <small class="na">{escape(count)}</small></h3>')
-        body += [_case(case, palette, is_open=case is cases[0]) for case in alike]
+        body += [case_html(case, palette, is_open=case is cases[0]) for case in alike]
     lead = (
         "The same problems, side by side: first answers that quantization changed, then those that training changed."
         " Taken in the order of their ids, which are hashes; nothing is picked by hand."
@@ -270,7 +272,8 @@ def answers(report: Report, palette: Palette) -> str:
     return section("answers", "Answers side by side", lead, *body)
 
 
-def _case(case: Case, palette: Palette, is_open: bool) -> str:
+def case_html(case: Case, palette: Palette, is_open: bool) -> str:
+    """One problem with the models' answers side by side, to be opened."""
     marks = "".join(_mark(given) for given in case.answers)
     columns = "".join(_answer_column(given, palette) for given in case.answers)
     gold = f'<p class="gold">Reference: <code>{escape(case.gold)}</code></p>' if case.gold is not None else ""

@@ -146,6 +146,18 @@ polyline, .key path { fill: none; stroke: var(--c); stroke-width: 2; vector-effe
 .xtitle { bottom: 4px; right: 14px }
 .dot { position: absolute; width: 8px; height: 8px; margin: 0 0 -4px -4px; border-radius: 50%; background: var(--c);
   box-shadow: 0 0 0 1.5px var(--page) }
+.upright { position: absolute; width: 2px; margin-left: -1px; background: var(--c); opacity: .55 }
+.upright::before, .upright::after { content: ""; position: absolute; left: -3px; width: 8px; height: 2px;
+  background: var(--c) }
+.upright::before { top: 0 } .upright::after { bottom: 0 }
+.pointname { position: absolute; margin: 0 0 3px 7px; font-size: 12px; line-height: 1; color: var(--ink) }
+.parallel { padding: 8px 60px 34px 14px }
+.parallel .area { height: 240px; border-bottom: 0 }
+.ptick { position: absolute; margin-left: 5px; transform: translateY(50%); font-size: 12px; line-height: 1;
+  color: var(--soft); background: var(--page); white-space: nowrap }
+.pname { position: absolute; top: calc(100% + 10px); transform: translateX(-50%); font-size: 12px; font-weight: 600;
+  line-height: 1.1; white-space: nowrap }
+.named .bar { grid-template-columns: 190px minmax(60px, 1fr) 130px }
 
 details { margin: 8px 0 }
 summary { cursor: pointer }
@@ -185,6 +197,7 @@ summary:focus-visible { outline: 2px solid var(--student); outline-offset: 2px }
   .bar { grid-template-columns: 62px minmax(50px, 1fr) 92px; gap: 10px }
   .pair .bar { grid-template-columns: 62px minmax(50px, 1fr) 60px }
   .bar .detail { display: block; line-height: 1.2 }
+  .named .bar { grid-template-columns: 110px minmax(50px, 1fr) 70px }
   .plot { padding-left: 42px; padding-right: 8px }
 }
 @media print {

@@ -1,0 +1,259 @@
+"""A sweep as a table: in a terminal while it runs, and from another shell at any time. Reads files only.
+
+A row is a trial: its state, the stage it is at, what it came to, how long it still takes, what it cost. Times to come
+are those of finished stages of the same kind in the run store.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from distill.progress import clock_text, say
+
+from .config import Objective
+from .forecast import median_seconds
+from .measures import Measure, measure, pipeline_of
+from .record import Record, State, read_record
+from .run import View
+from .schedule import Scheduler
+from .trials import Trial
+
+ORDER: Sequence[State] = ("running", "failed", "waiting", "pruned", "done", "left out")
+"""Which trials come first where not all can be shown."""
+STYLES: Mapping[State, str] = {"running": "bold cyan", "failed": "red", "pruned": "yellow", "done": "green"}
+SHOWN_WHILE_RUNNING = 24
+REFRESH_S = 1.0
+PLAIN_EVERY_S = 10.0
+KB = 1000
+HOLDS_AT_MOST = 70
+"""Characters of what a trial changes."""
+
+
+class Row(NamedTuple):
+    """One trial as the table has it."""
+
+    number: int
+    changes: str
+    state: State
+    stage: str
+    """What runs, or what failed, or what is next; empty where all is done."""
+    done: int
+    stages: int
+    measures: Mapping[str, Measure]
+    eta_s: float | None
+    """Seconds of the stages to come, where such have finished before."""
+    usd: float | None
+    error: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**self._asdict(), "measures": {title: one._asdict() if hasattr(one, "_asdict") else vars(one)
+                                              for title, one in self.measures.items()}}  # fmt: skip
+
+
+class Board:
+    """Reads a sweep's rows; what a finished trial came to is read once."""
+
+    def __init__(self, folder: Path, runs: Path) -> None:
+        self.folder, self.runs = folder, runs
+        self._known: dict[int, Mapping[str, Measure]] = {}
+
+    def record(self) -> Record:
+        """The sweep as it is now."""
+        return read_record(self.folder, self.runs)
+
+    def rows(self, record: Record) -> list[Row]:
+        """Every trial, in order."""
+        times: dict[str, float | None] = {}
+        return [self._row(record, number, times) for number in record.numbers]
+
+    def _row(self, record: Record, number: int, times: dict[str, float | None]) -> Row:
+        stages, state = record.stages_of(number), record.state_of(number)
+        owed = [identity for identity in stages if identity not in record.store.sealed]
+        failure = record.failure_of(number) if state == "failed" else None
+        return Row(
+            number, changes_of(record.trial(number)), state,
+            failure.label if failure else _stage_now(record, owed), len(stages) - len(owed), len(stages),
+            self._measures(record, number, state), _eta(record, owed, times), _usd(record, stages),
+            failure.error if failure else "",
+        )  # fmt: skip
+
+    def _measures(self, record: Record, number: int, state: State) -> Mapping[str, Measure]:
+        if state in ("waiting", "left out"):
+            return {}
+        if number not in self._known:
+            found = measure(pipeline_of(record, number), record.sweep.objectives)
+            if state != "done":
+                return found
+            self._known[number] = found
+        return self._known[number]
+
+
+def _stage_now(record: Record, owed: Sequence[str]) -> str:
+    running = [identity for identity in owed if identity in record.running]
+    return ", ".join(str(record.stage(identity)["label"]) for identity in (running or owed[:1]))
+
+
+def _eta(record: Record, owed: Sequence[str], times: dict[str, float | None]) -> float | None:
+    """Seconds that a trial's stages still take one after the other."""
+    seconds = []
+    for identity in owed:
+        label = str(record.stage(identity)["label"])
+        kind = ":".join(label.split(":")[: 2 if label.startswith("eval:") else 1])
+        if kind not in times:
+            times[kind] = median_seconds(record.runs, kind)
+        seconds.append(times[kind])
+    known = [one for one in seconds if one is not None]
+    return sum(known) if len(known) == len(seconds) else None
+
+
+def _usd(record: Record, stages: Sequence[str]) -> float | None:
+    from distill.runs import open_sealed
+
+    for identity in stages:
+        if record.stage(identity)["stage"] == "generate" and identity in record.store.sealed:
+            return float(open_sealed(record.folder_of(identity), check=False).counts.get("usd") or 0.0)
+    return None
+
+
+def changes_of(trial: Trial) -> str:
+    """What a trial changes, on one short line: keys by as many of their last parts as tell them apart."""
+    varied = dict(trial.varied)
+    shown = [f"{short}={value_of(varied[key], 24)}" for key, short in short_keys(list(varied)).items()]
+    shown += [] if trial.seed is None else [f"seed={trial.seed}"]
+    text = " ".join(shown) or "the base recipe"
+    return text if len(text) <= HOLDS_AT_MOST else text[: HOLDS_AT_MOST - 1] + "…"
+
+
+def short_keys(keys: Sequence[str]) -> dict[str, str]:
+    """Each dotted key by the fewest of its last parts that no other key ends in."""
+    found = {}
+    for key in keys:
+        parts = key.split(".")
+        ends = [".".join(parts[-size:]) for size in range(1, len(parts) + 1)]
+        others = [other for other in keys if other != key]
+        found[key] = next((end for end in ends if not any(f".{one}".endswith(f".{end}") for one in others)), key)
+    return found
+
+
+def value_of(value: Any, longest: int = 16) -> str:
+    """A recipe's value in few characters: lists and sections without brackets, null as none."""
+    if isinstance(value, Mapping):
+        value = [f"{key}: {value_of(part)}" for key, part in value.items()]
+    text = ", ".join(map(value_of, value)) if isinstance(value, list) else "none" if value is None else str(value)
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def value_text(objective: Objective, one: Measure | None) -> str:
+    """A measure as people read it: per cent, MB, milliseconds, dollars."""
+    if one is None or one.value is None:
+        return "-"
+    value = one.value
+    texts = {
+        "accuracy": f"{value:.1%}",
+        "bytes": f"{value / KB / KB:,.1f} MB",
+        "latency_ms": f"{value:.2f} ms",
+        "dollars": f"${value:,.2f}",
+        "stage_seconds": clock_text(value),
+    }
+    return texts.get(objective.metric, f"{value:,.0f}")
+
+
+def table_of(rows: Sequence[Row], objectives: Sequence[Objective]) -> tuple[list[str], list[list[str]]]:
+    """Titles and cells of the table."""
+    titles = ["trial", "changes", "state", "stages", "stage", *(one.title for one in objectives), "to go", "cost"]
+    cells = [
+        [
+            str(row.number), row.changes, row.state, f"{row.done}/{row.stages}", row.stage,
+            *(value_text(one, row.measures.get(one.title)) for one in objectives),
+            "" if row.state not in ("running", "waiting") else clock_text(row.eta_s) if row.eta_s is not None else "?",
+            "-" if row.usd is None else f"${row.usd:,.2f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return titles, cells
+
+
+def headline(record: Record, rows: Sequence[Row]) -> str:
+    """The whole sweep on one line."""
+    counts = {state: sum(row.state == state for row in rows) for state in ORDER}
+    states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    stages, done = len(record.document["stages"]), len(record.store.sealed & record.document["stages"].keys())
+    held = "" if record.live else "; no driver runs it"
+    spent = sum({row.usd for row in rows if row.usd})
+    money = f", ${spent:,.2f}" if spent else ""
+    return f"{record.name}: {len(rows)} trials ({states}), {done} of {stages} distinct stages done{money}{held}"
+
+
+# --- while it runs --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def shown(folder: Path, runs: Path, quiet: bool, terminal: bool | None = None) -> Iterator[View]:
+    """A view for the driver: a live table in a terminal, a line now and then elsewhere, nothing if quiet."""
+    if quiet:
+        yield lambda _: None
+    elif sys.stderr.isatty() if terminal is None else terminal:
+        with _live(Board(folder, runs)) as view:
+            yield view
+    else:
+        yield _plain(Board(folder, runs))
+
+
+def _plain(board: Board) -> View:
+    shown_s = time.monotonic()
+
+    def view(_: Scheduler) -> None:
+        nonlocal shown_s
+        if time.monotonic() - shown_s >= PLAIN_EVERY_S:
+            shown_s = time.monotonic()
+            record = board.record()
+            say(headline(record, board.rows(record)))
+
+    return view
+
+
+@contextmanager
+def _live(board: Board) -> Iterator[View]:
+    from rich.console import Console
+    from rich.live import Live
+
+    shown_s = float("-inf")
+    # what stages print is in their logs; decisions of the scheduler appear above the table
+    with Live(console=Console(stderr=True), auto_refresh=False, redirect_stdout=False) as live:
+
+        def view(_: Scheduler) -> None:
+            nonlocal shown_s
+            if time.monotonic() - shown_s >= REFRESH_S:
+                shown_s = time.monotonic()
+                live.update(rich_table(board.record(), board), refresh=True)
+
+        yield view
+        live.update(rich_table(board.record(), board), refresh=True)
+
+
+def rich_table(record: Record, board: Board) -> Any:
+    """The table for a terminal; trials that matter least now are left out where there are many."""
+    from rich.table import Table
+    from rich.text import Text
+
+    rows, objectives = board.rows(record), record.sweep.objectives
+    kept = sorted(rows, key=lambda row: (ORDER.index(row.state), row.number))[:SHOWN_WHILE_RUNNING]
+    kept.sort(key=lambda row: row.number)
+    more = f"; {len(rows) - len(kept)} more trials" if len(rows) > len(kept) else ""
+    titles, cells = table_of(kept, objectives)
+    table = Table(title=headline(record, rows), caption=f"Ctrl-C stops it safely{more}", title_justify="left")
+    for index, title in enumerate(titles):
+        # only what a trial changes gives way where the terminal is narrow
+        least = 10 if title == "changes" else max(len(line[index]) for line in [titles, *cells])
+        justify: Literal["left", "right"] = "right" if index > 4 else "left"
+        table.add_column(title, justify=justify, no_wrap=True, overflow="ellipsis", min_width=least)
+    for row, line in zip(kept, cells):
+        table.add_row(*(Text(cell, STYLES.get(row.state, "") if index == 2 else "") for index, cell in enumerate(line)))
+    return table
