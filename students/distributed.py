@@ -4,6 +4,7 @@ Started by torchrun or `accelerate launch`, every process runs the same command.
 all of them; a process takes its share of each step's packs, and sums go over all. Only the main process writes.
 """
 
+import atexit
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -123,21 +124,20 @@ def local_device(device: str) -> str:
 
 @contextmanager
 def joined_world(device: str) -> Iterator[World]:
-    """Join the other processes for the block; alone where there are none."""
+    """Join the other processes for the block; alone where there are none.
+
+    They stay joined until they end: a second meeting would find what the first one left in the launcher's store.
+    """
     if launched().size == 1:
         yield World()
         return
-    owner = not dist.is_initialized()
-    if owner:
+    if not dist.is_initialized():
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
-    try:
-        yield World(dist.get_rank(), dist.get_world_size())
-        dist.barrier()  # one that leaves early would cut the others' last words off
-    finally:
-        if owner:
-            _leave()
+        atexit.register(_leave)
+    yield World(dist.get_rank(), dist.get_world_size())
+    dist.barrier()  # one that leaves early would cut the others' last words off
 
 
 def _leave() -> None:
