@@ -33,6 +33,8 @@ def _maker(listing: Path = Path("/proc/cpuinfo")) -> str | None:
 
 
 def _by_onednn(a: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False  # torch.compile chooses for itself
     return a.device.type == "cpu" and a.dtype == torch.float32 and onednn_is_faster()
 
 
