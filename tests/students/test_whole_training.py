@@ -289,7 +289,7 @@ def test_accelerate_hands_two_phases_to_deepspeed_and_the_student_is_the_same(
             apart = torch.cat([(a - b).abs().flatten() for a, b in zip(ours.parameters(), theirs.parameters())])
         # AdamW makes a step of the whole rate out of the rounding of a gradient near zero: a few weights may differ
         assert float(apart.mean()) < PHASE["lr"] / 50 and float(apart.max()) < PHASE["lr"]
-        assert abs(stages[label]["counts"]["last_loss"] - alone[label].counts["last_loss"]) < 1e-5
+        assert abs(stages[label]["counts"]["last_loss"] - alone[label].counts["last_loss"]) < 1e-4
 
 
 def test_shards_in_a_single_process_are_refused_with_the_reason(
