@@ -170,6 +170,7 @@ def curve(setting: Curve) -> Estimate:
 
     def gradient(log_p: Tensor, q: Tensor, rng: np.random.Generator) -> Tensor:
         ids, p = setting.kept(log_p)
+        p = p / p.sum(-1, keepdim=True).clamp_min(1.0)  # a curve may promise more than there is
         return (q * p.sum(-1, keepdim=True)).scatter_add(-1, ids, -p)
 
     return gradient
