@@ -69,6 +69,12 @@ def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
             "student.parallel is fsdp, but this is the only process; start it with torchrun --nproc-per-node N -m"
             " distill train …, or set student.parallel=auto"
         )
+    writes = phase.monitor and (phase.monitor.sets or phase.monitor.lm_eval)
+    if student.parallel == "fsdp" and phase.lora and writes:
+        raise TrainingError(
+            "student.parallel is fsdp, whose shards hold the adapters alone when a monitor wants answers; remove"
+            " monitor.sets and lm_eval, or set student.parallel=ddp"
+        )
     if isinstance(phase, KdPhase) and phase.teacher == "memory":
         assert recipe.logprobs is not None  # the recipe's own validation
         tokenizer = load_tokenizer(find_model(student.init, student.revision))

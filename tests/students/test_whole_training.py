@@ -292,6 +292,17 @@ def test_accelerate_hands_two_phases_to_deepspeed_and_the_student_is_the_same(
         assert abs(stages[label]["counts"]["last_loss"] - alone[label].counts["last_loss"]) < 1e-4
 
 
+def test_shards_of_adapters_with_a_monitor_that_wants_answers_are_refused(
+    cli: Cli, tiny_model: TinyModel, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = {"lora": {"rank": 4}, "monitor": {"sets": ["heldout"]}}
+    recipe = write_recipe(**sections(tiny_model("llama"), tmp_path, phase, parallel="fsdp"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    said = cli("train", recipe, "--runs", tmp_path / "runs", "-q")
+    assert said.code == 2 and "hold the adapters alone" in said.err and not (tmp_path / "runs").exists()
+
+
 def test_shards_in_a_single_process_are_refused_with_the_reason(
     cli: Cli, tiny_model: TinyModel, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
