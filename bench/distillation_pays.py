@@ -38,7 +38,7 @@ from distill.documents import Documents
 from distill.format import set_template
 from distill.models import find_model, load_model, load_tokenizer, set_threads
 from distill.runs import RunOptions
-from distill.teachers.score import batches, log_probabilities, read_packed, supervised
+from distill.teachers.score import batches, log_probabilities, read_packed
 from distill.token_store import tokenize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,7 +116,7 @@ def divergence(teacher: Any, student: Any, documents: Documents) -> float:
         ids = [documents.ids(index) for index in batch]
         (own_TH, bounds), (theirs_TH, _) = read_packed(student, ids), read_packed(teacher, ids)
         for index, start in zip(batch, bounds):
-            places = torch.from_numpy(start + supervised(documents, index) - 1)
+            places = torch.from_numpy(start + documents.supervised(index) - 1)
             own = log_probabilities(own_TH[places], heads[0], 1.0)
             for (_, log_q), (_, log_p) in zip(own, log_probabilities(theirs_TH[places], heads[1], 1.0)):
                 total += float((log_p.exp() * (log_p - log_q)).sum())

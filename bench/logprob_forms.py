@@ -36,7 +36,7 @@ from distill.records import Message
 from distill.runs import RunOptions
 from distill.students.prune import drop_layers
 from distill.teachers.distributions import drawn, likeliest
-from distill.teachers.score import LiveScorer, capture, log_probabilities, read_packed, supervised
+from distill.teachers.score import LiveScorer, capture, log_probabilities, read_packed
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build" / "bench" / "logprob_forms.json"
@@ -119,7 +119,7 @@ def pairs(teacher: Any, student: Any, documents: Documents, vocabulary: int) -> 
     heads = [model.get_output_embeddings().weight[:vocabulary] for model in (teacher, student)]
     left = ROWS
     for index in range(len(documents)):
-        places = torch.from_numpy(supervised(documents, index)[::4] - 1)[:left]
+        places = torch.from_numpy(documents.supervised(index)[::4] - 1)[:left]
         hidden = [read_packed(model, [documents.ids(index)])[0][places] for model in (teacher, student)]
         found = (log_probabilities(own, head, 1.0) for own, head in zip(hidden, heads))
         for (_, log_p), (_, log_q) in zip(*found):

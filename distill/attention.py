@@ -9,6 +9,7 @@ bf16; elsewhere, and with dropout, torch's SDPA does the work. Importing this lo
 import functools
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -266,6 +267,17 @@ def decoder_of(model: Any) -> Any:
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
 
 
+@contextmanager
+def attending_by(model: Any, kind: str) -> Iterator[None]:
+    """Let a model attend in another way inside the block."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(kind)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 def boundaries(model: Any, bounds: list[int] | None) -> dict[str, Any]:
     """Document boundaries (0 first, the number of tokens last) as the model's attention takes them."""
     kind = model.config._attn_implementation
@@ -289,8 +301,11 @@ def block_mask(bounds: list[int], dtype: torch.dtype, device: Any) -> Tensor:
     return mask_TT.masked_fill_(~allowed_TT, torch.finfo(dtype).min)[None, None]
 
 
-def final_hidden(model: Any, ids_BT: Tensor, positions_BT: Tensor, bounds: list[int] | None) -> Tensor:
-    """Final hidden states [B, T, H] of a causal language model over packed documents (or rows, without bounds)."""
-    found = decoder_of(model)(input_ids=ids_BT, position_ids=positions_BT, use_cache=False, **boundaries(model, bounds))
+def final_hidden(model: Any, positions_BT: Tensor, bounds: list[int] | None, **cells: Tensor) -> Tensor:
+    """Final hidden states [B, T, H] of a causal language model over packed documents (or rows, without bounds).
+
+    `cells` is what stands there: `input_ids` [B, T], or `inputs_embeds` [B, T, H].
+    """
+    found = decoder_of(model)(**cells, position_ids=positions_BT, use_cache=False, **boundaries(model, bounds))
     hidden_BTH: Tensor = found.last_hidden_state
     return hidden_BTH

@@ -73,6 +73,15 @@ class Documents:
         arrays, start, end = self._place(index)
         return arrays.segments_T[start:end]
 
+    def supervised(self, index: int) -> Array:
+        """Positions of a document's supervised tokens: all that are not of a prompt."""
+        return np.flatnonzero(self.segments(index) != PROMPT)
+
+    @property
+    def highest(self) -> int:
+        """The highest token id in the arrays; 0 where they are empty."""
+        return max((int(arrays.ids_T.max()) for arrays in self.parts if len(arrays.ids_T)), default=0)
+
     def _place(self, index: int) -> tuple[Arrays, int, int]:
         arrays = self.parts[self.part[index]]
         row = self.row[index]
@@ -248,8 +257,7 @@ def check_text(document: Document, turn: Turn, tokenizer: Any, config: FormatCon
 
 def check_vocabulary(documents: Documents, rows: int) -> None:
     """Refuse ids beyond a model's `rows` embeddings: the tokenizer is another model's."""
-    highest = max((int(arrays.ids_T.max()) for arrays in documents.parts if len(arrays.ids_T)), default=0)
-    if highest >= rows:
+    if (highest := documents.highest) >= rows:
         raise TrainingError(
             f"the tokenizer writes token {highest}, but the model has embeddings for {rows:,} tokens only;"
             " give the model's own tokenizer"

@@ -16,7 +16,7 @@ from typing import Any
 from distill.config import Evaluate, FormatConfig, PromptSource, Recipe
 from distill.engines import Completion, Engine, Request, load, open_engine, run_async, sample_seed, stream
 from distill.errors import DataError
-from distill.models import find_model, load_config
+from distill.models import DTYPE_NAMES, find_model, load_config
 from distill.plan import set_sources
 from distill.progress import progress
 from distill.records import Item, Prompt, RecordLog, Teacher, Trace, digest_json, read_records, write_json
@@ -266,7 +266,7 @@ def local_engine(recipe: Recipe, step: Step, options: RunOptions) -> Engine:
     from distill.engines.transformers import TransformersEngine
 
     assert recipe.student is not None and recipe.evaluate is not None
-    dtype = {"bf16": "bfloat16", "fp32": "float32"}[recipe.student.precision]
+    dtype = DTYPE_NAMES[recipe.student.precision]
     if "model" in step.upstream:
         name, revision = str(step.result("model").path("model")), "main"
     else:

@@ -22,6 +22,8 @@ from distill.records import digest_json
 from distill.runs import DigestCache, RunOptions
 
 FAMILIES = ("llama", "qwen2", "qwen3")
+DTYPE_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
+"""torch's name of each precision of a recipe."""
 
 
 class ModelSource(NamedTuple):
@@ -217,6 +219,16 @@ def load_config(source: ModelSource) -> Any:
     if config.model_type not in FAMILIES:
         raise ModelError(f"{source.name}: a {config.model_type!r} model; students are {', '.join(FAMILIES)}")
     return config
+
+
+def require_context(where: str, config: Any, tokens: int) -> None:
+    """Refuse a teacher that cannot read documents of up to so many tokens. Raises ModelError."""
+    context = int(config.max_position_embeddings)
+    if tokens > context:
+        raise ModelError(
+            f"{where}: its context is {context:,} tokens, but documents have up to format.max_tokens={tokens:,};"
+            " set that lower"
+        )
 
 
 def load_model(source: ModelSource, dtype: str = "float32", device: str = "cpu", attention: str = "sdpa") -> Any:

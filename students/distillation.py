@@ -15,7 +15,7 @@ from distill.products import product
 from distill.vocabularies import exchange_
 
 from .divergences import FLOOR, Measure, through_softmax
-from .losses import CHUNK_ROWS, Losses, bands, chunked, nll_to_gradient
+from .losses import CHUNK_ROWS, Losses, bands, chunked, less_onehot_, nll_to_gradient
 
 WIDE_ROWS = 256
 """Rows that are reduced together on a GPU: a divergence needs several fp32 tensors of rows x vocabulary."""
@@ -235,7 +235,7 @@ def _band_to_gradient(
     if mix.temperature == 1 and vocabulary == logits.shape[1]:  # one softmax serves both losses
         log_q = logits.log_softmax(-1)
         nll_N.copy_(-log_q.gather(-1, targets_N[:, None])[:, 0])
-        by_text = _from_onehot(logits.copy_(log_q).exp_(), targets_N) if mix.ce else None
+        by_text = less_onehot_(logits.copy_(log_q).exp_(), targets_N) if mix.ce else None
     else:
         log_q = (logits[:, :vocabulary] / mix.temperature).log_softmax(-1)
         nll_N.copy_(nll_to_gradient(logits, targets_N))
@@ -250,12 +250,6 @@ def _band_to_gradient(
         gradient[:, :vocabulary].add_(pull)
         narrow_NV.copy_(gradient)
     return (weights_N * (mix.kd * mix.temperature**2 * value + mix.ce * nll_N)).sum()
-
-
-def _from_onehot(q_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """The gradient of cross-entropy, q - onehot, in place."""
-    chosen = targets_N[:, None]
-    return q_NV.scatter_add_(-1, chosen, torch.full_like(chosen, -1, dtype=q_NV.dtype))
 
 
 class Logits(NamedTuple):

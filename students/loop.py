@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from distill.attention import decoder_of
+from distill.attention import attending_by, decoder_of
 from distill.config import KdPhase, TrainingPhase
 from distill.documents import Documents
 from distill.errors import Interrupted, TrainingError
@@ -313,13 +313,8 @@ def writing(trainer: Trainer) -> Iterator[Any]:
     """
     if trainer.weights.scattered:
         raise TrainingError("an on_policy phase lets every process write answers; set student.parallel=ddp")
-    model = trainer.model
-    attention = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
-    try:
-        yield model
-    finally:
-        model.set_attn_implementation(attention)
+    with attending_by(trainer.model, "sdpa"):
+        yield trainer.model
 
 
 def plan_of(documents: Documents, phase: TrainingPhase, sources: Sequence[Source] | None = None) -> list[list[int]]:

@@ -73,12 +73,16 @@ def bands(logits_NV: Tensor, most: int = CHUNK_ROWS) -> Iterator[slice]:
 
 def nll_to_gradient(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """-log softmax(logits)[target] of each row; turns the logits into its gradients, softmax - onehot, in place."""
-    chosen = targets_N[:, None]
     lse = torch.logsumexp(logits_NV, dim=-1)
-    nll = lse - logits_NV.gather(-1, chosen).squeeze(-1)
-    logits_NV.sub_(lse[:, None]).exp_()
-    logits_NV.scatter_add_(-1, chosen, torch.full_like(chosen, -1, dtype=logits_NV.dtype))
+    nll = lse - logits_NV.gather(-1, targets_N[:, None]).squeeze(-1)
+    less_onehot_(logits_NV.sub_(lse[:, None]).exp_(), targets_N)
     return nll
+
+
+def less_onehot_(q_NV: Tensor, targets_N: Tensor, weight: float = 1.0) -> Tensor:
+    """q - weight * onehot(target), in place: with weight 1 the gradient of cross-entropy."""
+    chosen = targets_N[:, None]
+    return q_NV.scatter_add_(-1, chosen, torch.full_like(chosen, -weight, dtype=q_NV.dtype))
 
 
 def cross_entropy(
@@ -125,9 +129,8 @@ def _band_to_gradient(
     """
     vocabulary = narrow_NV.shape[1]
     logits = narrow_NV.to(weights_N.dtype, copy=True)
-    chosen = targets_N[:, None]
     lse = torch.logsumexp(logits, dim=-1)
-    nll = lse - logits.gather(-1, chosen).squeeze(-1)
+    nll = lse - logits.gather(-1, targets_N[:, None]).squeeze(-1)
     loss = nll
     if smoothing:
         loss = (1 - smoothing) * nll + smoothing * (lse - logits.mean(-1))
@@ -139,7 +142,7 @@ def _band_to_gradient(
         gradient.mul_((1 + 2 * z_loss * lse)[:, None])
     if smoothing:
         gradient.sub_(smoothing / vocabulary)
-    gradient.scatter_add_(-1, chosen, torch.full_like(chosen, smoothing - 1, dtype=gradient.dtype))
+    less_onehot_(gradient, targets_N, 1 - smoothing)
     narrow_NV.copy_(gradient.mul_(weights_N[:, None]))
     return (weights_N * loss).sum()
 

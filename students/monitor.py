@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from distill.attention import attending_by
 from distill.config import Monitor, Recipe, Sampling
 from distill.documents import Documents
 from distill.engines.transformers import TransformersEngine
@@ -85,16 +86,13 @@ def student_that_writes(trainer: Trainer) -> Iterator[Any]:
     model = trainer.model
     if trainer.weights.scattered:
         model = _gathered(trainer)
-    attention = model.config._attn_implementation if model is not None else None
     try:
         if model is None or not trainer.world.main:
             yield None
             return
-        model.set_attn_implementation("sdpa")
-        yield model
+        with attending_by(model, "sdpa"):
+            yield model
     finally:
-        if attention is not None:
-            model.set_attn_implementation(attention)
         trainer.world.wait()
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distill.attention import PER_DOCUMENT, boundaries, decoder_of
+from distill.attention import PER_DOCUMENT, final_hidden
 from distill.config import KdPhase, TrainingPhase
 
 from . import divergences
@@ -92,11 +92,7 @@ class StudentObjective(nn.Module):
         if self.model.training and self.phase.neftune_alpha is not None:
             embedded = self.model.get_input_embeddings()(pack.ids_BT)
             given = {"inputs_embeds": noisy(embedded, pack.bounds, self.phase.neftune_alpha)}
-        found = decoder_of(self.model)(
-            **given, position_ids=pack.positions_BT, use_cache=False, **boundaries(self.model, pack.bounds)
-        )
-        hidden_BTH: Tensor = found.last_hidden_state
-        return hidden_BTH
+        return final_hidden(self.model, pack.positions_BT, pack.bounds, **given)
 
 
 def mix_of(phase: KdPhase, done: float) -> Mix:

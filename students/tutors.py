@@ -16,9 +16,8 @@ from distill.attention import PER_DOCUMENT, final_hidden
 from distill.config import KdPhase, Logprobs, OnPolicyPhase
 from distill.documents import Array, Documents
 from distill.errors import DataError, ModelError
-from distill.format import PROMPT
 from distill.logprobs import SPANS, Facts, LogprobCache, Rows, joined_rows, open_cache, require_fit
-from distill.models import find_model, load_config, load_model, load_tokenizer
+from distill.models import DTYPE_NAMES, find_model, load_config, load_model, load_tokenizer, require_context
 from distill.token_store import tokenizer_digest
 from distill.vocabularies import different_ends, shared_vocabulary
 
@@ -27,8 +26,6 @@ from .fused import lean
 from .hidden import HiddenMatch, attach, captured_by
 from .objective import Lesson, PackTensors, as_attended
 from .packing import Pack
-
-TORCH_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 class Tutor(Protocol):
@@ -98,10 +95,7 @@ class CachedTutor(NamedTuple):
 
     def _of(self, cache: LogprobCache, documents: Documents, pack: Pack, device: Any) -> CachedTargets:
         rows = joined_rows(
-            [
-                cache.rows(documents.ids(index), int((documents.segments(index) != PROMPT).sum()))
-                for index in pack.documents
-            ]
+            [cache.rows(documents.ids(index), len(documents.supervised(index))) for index in pack.documents]
         )
         return cached_targets(chosen_rows(rows, pack.places_N), cache, self.tail, device)
 
@@ -186,7 +180,7 @@ class TutorInMemory(NamedTuple):
     def _read(self, model: Any, tensors: PackTensors) -> Tensor:
         cells = as_attended(tensors, model.config._attn_implementation)
         with lean(model):
-            hidden = final_hidden(model, cells.ids_BT, cells.positions_BT, cells.bounds)
+            hidden = final_hidden(model, cells.positions_BT, cells.bounds, input_ids=cells.ids_BT)
         return hidden.flatten(0, 1)[tensors.rows_N]
 
 
@@ -241,7 +235,7 @@ def tutor_in_memory(
         vocabulary = min(vocabulary, shared_vocabulary(tokenizer, theirs, teacher.name))
         ends.append(different_ends(tokenizer, theirs))
         kind = PER_DOCUMENT if teacher.precision == "fp32" and attention == "flash_attention_2" else attention
-        own = load_model(source, TORCH_NAMES[teacher.precision], str(model.device), kind)
+        own = load_model(source, DTYPE_NAMES[teacher.precision], str(model.device), kind)
         vocabulary = min(vocabulary, own.get_output_embeddings().weight.shape[0])
         models.append(own.requires_grad_(False))
     require_known(documents, vocabulary)
@@ -258,12 +252,7 @@ def require_teachers(logprobs: Logprobs, phase: KdPhase, tokenizer: Any, most_to
     """
     for teacher in logprobs.teachers:
         source, where = find_model(teacher.model, teacher.revision), f"logprobs.teachers.{teacher.name}"
-        context = int(load_config(source).max_position_embeddings)
-        if most_tokens > context:
-            raise ModelError(
-                f"{where}: its context is {context:,} tokens, but documents have up to"
-                f" format.max_tokens={most_tokens:,}; set that lower"
-            )
+        require_context(where, load_config(source), most_tokens)
         theirs = load_tokenizer(source)
         shared_vocabulary(tokenizer, theirs, teacher.name)
         if isinstance(phase, OnPolicyPhase) and different_ends(tokenizer, theirs):
@@ -275,8 +264,7 @@ def require_teachers(logprobs: Logprobs, phase: KdPhase, tokenizer: Any, most_to
 
 def require_known(documents: Documents, vocabulary: int) -> None:
     """Refuse documents with tokens that not every teacher knows."""
-    highest = max((int(arrays.ids_T.max()) for arrays in documents.parts if len(arrays.ids_T)), default=0)
-    if highest >= vocabulary:
+    if (highest := documents.highest) >= vocabulary:
         raise DataError(
             f"documents have token {highest}, but only the first {vocabulary:,} tokens mean the same to student and"
             " teachers; take teachers of the student's family, without student.new_tokens"

@@ -27,7 +27,7 @@ from distill.runs import RunOptions
 from distill.vocabularies import names_in
 
 from .distributions import kept
-from .score import Scorer, load_teacher, log_probabilities, read_packed, supervised
+from .score import Scorer, load_teacher, log_probabilities, read_packed
 
 
 class Reading(NamedTuple):
@@ -65,7 +65,7 @@ def spans_scorer(
             f"logprobs.teachers.{teacher.name}: a document has {longest:,} of its tokens, its context {context:,}; set"
             " format.max_tokens lower"
         )
-    rows = [len(supervised(documents, index)) for index in range(len(documents))]
+    rows = [len(documents.supervised(index)) for index in range(len(documents))]
     aligned = sum(len(readings[document_key(documents.ids(index))].rows) for index in range(len(documents)))
     coverage = aligned / max(1, sum(rows))
     if coverage < logprobs.min_coverage:
@@ -112,7 +112,7 @@ class SpansScorer:
         parts = [empty_rows(0, self.facts.k)]
         for _, log_p in log_probabilities(hidden_TH[places], head_VH, self.facts.temperature):
             parts.append(kept(log_p, None, self.facts, self.names_V))
-        return spread(joined_rows(parts), reading.rows, len(supervised(self.documents, index)))
+        return spread(joined_rows(parts), reading.rows, len(self.documents.supervised(index)))
 
 
 def spread(rows: Rows, places: Array, count: int) -> Rows:

@@ -17,10 +17,11 @@ from distill.attention import PER_DOCUMENT, final_hidden
 from distill.config import Logprobs, Recipe, TeacherModel
 from distill.documents import Array, Documents
 from distill.errors import DataError, ModelError
-from distill.format import PROMPT, set_template
+from distill.format import set_template
 from distill.interrupts import graceful
 from distill.logprobs import MANIFEST, Facts, LogprobCache, Rows, document_key, joined_rows, write_manifest, write_shard
 from distill.models import (
+    DTYPE_NAMES,
     ModelSource,
     choose_device,
     find_model,
@@ -28,6 +29,7 @@ from distill.models import (
     load_model,
     load_tokenizer,
     model_digest,
+    require_context,
     set_threads,
 )
 from distill.progress import progress, say
@@ -53,12 +55,7 @@ def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
     """Refuse, before any work: a teacher that is not there, another tokenizer, an engine that is not installed."""
     logprobs, teacher = _logprobs(recipe), teacher_of(recipe, step)
     source = find_model(teacher.model, teacher.revision)
-    config = load_config(source)
-    if recipe.format.max_tokens > int(config.max_position_embeddings):
-        raise ModelError(
-            f"logprobs.teachers.{teacher.name}: its context is {config.max_position_embeddings:,} tokens, but documents"
-            f" have up to format.max_tokens={recipe.format.max_tokens:,}; set that lower"
-        )
+    require_context(f"logprobs.teachers.{teacher.name}", load_config(source), recipe.format.max_tokens)
     if teacher.engine == "vllm":
         from .served import require
 
@@ -140,11 +137,6 @@ def document_tokenizer(recipe: Recipe, teacher: ModelSource) -> Any:
 # --- capture --------------------------------------------------------------------------------------------------------
 
 
-def supervised(documents: Documents, index: int) -> Array:
-    """Positions of a document's supervised tokens."""
-    return np.flatnonzero(documents.segments(index) != PROMPT)
-
-
 def shards_of(documents: Documents) -> list[list[int]]:
     """Document numbers of every shard, in order; documents that hold the same ids are scored once."""
     shards: list[list[int]] = []
@@ -158,7 +150,7 @@ def shards_of(documents: Documents) -> list[list[int]]:
             shards.append([])
             room = SHARD_ROWS
         shards[-1].append(index)
-        room -= len(supervised(documents, index))
+        room -= len(documents.supervised(index))
     return shards
 
 
@@ -191,8 +183,7 @@ def same_tokens_scorer(
     source = find_model(teacher.model, teacher.revision)
     theirs = load_tokenizer(source)
     vocabulary = shared_vocabulary(tokenizer, theirs, teacher.name)
-    highest = max((int(arrays.ids_T.max()) for arrays in documents.parts if len(arrays.ids_T)), default=0)
-    if highest >= vocabulary:
+    if (highest := documents.highest) >= vocabulary:
         raise DataError(
             f"logprobs.teachers.{teacher.name}: documents have token {highest}, but only the first {vocabulary:,}"
             " tokens mean the same in both tokenizers; take a teacher of the student's family, or alignment: spans"
@@ -210,8 +201,8 @@ def same_tokens_scorer(
 def load_teacher(teacher: TeacherModel, options: RunOptions) -> Any:
     """The teacher's model, ready to read packed documents."""
     device = choose_device(options)
-    dtype = {"bf16": "bfloat16", "fp32": "float32"}[teacher.precision]
-    return load_model(find_model(teacher.model, teacher.revision), dtype, device, PER_DOCUMENT)
+    source = find_model(teacher.model, teacher.revision)
+    return load_model(source, DTYPE_NAMES[teacher.precision], device, PER_DOCUMENT)
 
 
 @dataclass(frozen=True)
@@ -236,7 +227,7 @@ class LiveScorer:
         hidden_TH, bounds = read_packed(self.model, [self.documents.ids(index) for index in batch])
         head_VH = self.model.get_output_embeddings().weight[: self.facts.vocabulary]
         for index, start in zip(batch, bounds):
-            places = torch.from_numpy(start + supervised(self.documents, index) - 1).to(hidden_TH.device)
+            places = torch.from_numpy(start + self.documents.supervised(index) - 1).to(hidden_TH.device)
             key = document_key(self.documents.ids(index))
             numbers = uniforms(self.facts.seed, key, len(places), self.facts.draws) if self.facts.draws else None
             parts = []
@@ -277,7 +268,7 @@ def read_packed(model: Any, ids: Sequence[Array]) -> tuple[torch.Tensor, list[in
     bounds = [0, *np.cumsum([len(one) for one in ids]).tolist()]
     ids_BT = torch.from_numpy(np.concatenate(ids).astype(np.int64))[None].to(model.device)
     positions_BT = torch.from_numpy(np.concatenate([np.arange(len(one)) for one in ids]))[None].to(model.device)
-    return final_hidden(model, ids_BT, positions_BT, bounds)[0], bounds
+    return final_hidden(model, positions_BT, bounds, input_ids=ids_BT)[0], bounds
 
 
 def _logprobs(recipe: Recipe) -> Logprobs:

@@ -55,10 +55,8 @@ class ServedScorer:
         return list(await asyncio.gather(*(self._one(index) for index in chosen)))
 
     async def _one(self, index: int) -> Rows:
-        from .score import supervised
-
         ids = self._documents.ids(index).tolist()
-        scores = await self._engine.score(ids, supervised(self._documents, index).tolist(), self._facts.k)
+        scores = await self._engine.score(ids, self._documents.supervised(index).tolist(), self._facts.k)
         return rows_of(scores.top_ids_PK, scores.top_logprobs_PK, self._facts)
 
 

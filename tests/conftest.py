@@ -162,6 +162,17 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture(scope="session")
+def lab() -> Any:
+    """The module `sweep_lab.py`: a recipe whose stages take no model, and executors that run in this process."""
+    spec = importlib.util.spec_from_file_location("sweep_lab", Path(__file__).with_name("sweep_lab.py"))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sweep_lab"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 # --- command line ---------------------------------------------------------------------------------------------------
 
 

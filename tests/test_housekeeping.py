@@ -1,8 +1,6 @@
 """The run store as a whole: listed, traced back, cleared of what nobody needs, and its runs side by side."""
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,17 +22,6 @@ evaluate: {models: [base, student]}
 export: {variants: [int4]}
 """
 Cli = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def lab() -> Any:
-    path = Path(__file__).parent / "sweep_lab.py"
-    spec = importlib.util.spec_from_file_location("sweep_lab", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sweep_lab"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """A sweep on a real Ray cluster: the stages of the local executor, whichever node runs them, whichever is lost."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -26,17 +25,6 @@ pytestmark = [
     pytest.mark.skipif(not RAY.exists(), reason="ray is not installed (extra: ray)"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lab() -> Any:
-    path = Path(__file__).parent / "sweep_lab.py"
-    spec = importlib.util.spec_from_file_location("sweep_lab", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sweep_lab"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

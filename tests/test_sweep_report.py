@@ -1,10 +1,8 @@
 """The report of a sweep and what ships from it: numbers by independent arithmetic, a page that holds what it shows."""
 
 import csv
-import importlib.util
 import json
 import math
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -33,17 +31,6 @@ student: {init: nobody/model, revision: "000000000000000000000000000000000000000
 evaluate: {models: [base, student]}
 export: {variants: [int4]}
 """
-
-
-@pytest.fixture(scope="module")
-def lab() -> Any:
-    path = Path(__file__).parent / "sweep_lab.py"
-    spec = importlib.util.spec_from_file_location("sweep_lab", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sweep_lab"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Running sweeps: each distinct stage once, within the resources, whatever fails, dies, stops or is added later."""
 
-import importlib.util
 import json
 import os
 import random
@@ -24,18 +23,6 @@ from distill.sweep.resources import Grant, gpu_count
 from distill.sweep.run import SweepOutcome, plan_sweep, raise_for, run_sweep
 from distill.sweep.schedule import Scheduler, job_of
 from distill.sweep.work import Ended, Job, run_job
-
-
-@pytest.fixture(scope="module")
-def lab() -> Any:
-    path = Path(__file__).parent / "sweep_lab.py"
-    spec = importlib.util.spec_from_file_location("sweep_lab", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sweep_lab"] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 STUDENT = """
 prompts:

@@ -1,10 +1,8 @@
 """Searches and pruners: proposals that depend on the study alone, trainings that are stopped when they fall behind."""
 
-import importlib.util
 import itertools
 import json
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +22,6 @@ from distill.sweep.work import Ended, Job
 pytest.importorskip("optuna")
 
 OBJECTIVE = [{"metric": "accuracy", "model": "teacher"}]
-
-
-@pytest.fixture(scope="module")
-def lab() -> Any:
-    path = Path(__file__).parent / "sweep_lab.py"
-    spec = importlib.util.spec_from_file_location("sweep_lab", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sweep_lab"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def options(tmp_path: Path, runs: str = "runs") -> RunOptions:

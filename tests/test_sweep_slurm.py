@@ -1,10 +1,8 @@
 """Array jobs for Slurm: waves that wait for one another, tasks that are the same stages; no real cluster is asked."""
 
-import importlib.util
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,17 +27,6 @@ echo "cpus $*" | grep -o 'cpus-per-task=[0-9]*' >> "$FAKE_LOG"
 for index in $(seq 0 "$last"); do SLURM_ARRAY_TASK_ID=$index bash -c "$task" >> "$FAKE_LOG" 2>&1 || true; done
 echo $RANDOM
 """
-
-
-@pytest.fixture(scope="module")
-def lab() -> Any:
-    path = Path(__file__).parent / "sweep_lab.py"
-    spec = importlib.util.spec_from_file_location("sweep_lab", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sweep_lab"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_stages_are_written_as_waves_with_their_resources(lab: Any, tmp_path: Path, cli: Callable[..., Any]) -> None:

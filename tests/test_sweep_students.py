@@ -1,9 +1,7 @@
 """Sweeps over students that really train: stopped when they fall behind, killed, resumed, shipped."""
 
-import importlib.util
 import json
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,17 +17,6 @@ from distill.sweep.schedule import Scheduler
 
 pytestmark = pytest.mark.full
 pytest.importorskip("optuna")
-
-
-@pytest.fixture(scope="module")
-def lab() -> Any:
-    path = Path(__file__).parent / "sweep_lab.py"
-    spec = importlib.util.spec_from_file_location("sweep_lab", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sweep_lab"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

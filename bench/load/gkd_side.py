@@ -19,7 +19,7 @@ keep_freed_memory()  # before anything large is allocated
 from datasets import Dataset  # noqa: E402  see above
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from trl.experimental.gkd import GKDConfig, GKDTrainer  # noqa: E402
-from trl_side import EnoughError, Turns, counted  # noqa: E402
+from trl_side import EnoughError, Turns, common, counted  # noqa: E402
 
 
 class Counted(GKDTrainer):
@@ -57,9 +57,7 @@ class Padded:
 def configuration(given: argparse.Namespace, folder: str) -> GKDConfig:
     """TRL's configuration: forward KL at temperature 1 on the given completions."""
     return GKDConfig(
-        output_dir=folder,
-        use_cpu=True,
-        bf16=given.precision == "bf16",
+        **common(folder, given.precision, given.lr),
         lmbda=0.0,
         beta=0.0,
         temperature=1.0,
@@ -67,21 +65,6 @@ def configuration(given: argparse.Namespace, folder: str) -> GKDConfig:
         gradient_accumulation_steps=max(1, given.documents // 4),
         max_length=1024,
         train_sampling_strategy=given.order,
-        gradient_checkpointing=False,
-        learning_rate=given.lr,
-        lr_scheduler_type="constant",
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        optim="adamw_torch_fused",
-        num_train_epochs=1000,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        seed=0,
     )
 
 

@@ -84,14 +84,36 @@ class Turns(TrainerCallback):
             say(loss=logs["loss"], **self.found, **self.trainer.counts)
 
 
+def common(folder: str, precision: str, lr: float) -> dict[str, Any]:
+    """What every trainer of TRL is told: one learning rate, AdamW, clipping, no checkpoints, no reports."""
+    return {
+        "output_dir": folder,
+        "use_cpu": True,
+        "bf16": precision == "bf16",
+        "gradient_checkpointing": False,
+        "learning_rate": lr,
+        "lr_scheduler_type": "constant",
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch_fused",
+        "num_train_epochs": 1000,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 0,
+    }
+
+
 def configuration(setting: dict[str, Any], precision: str, lr: float, folder: str) -> SFTConfig:
     """TRL's configuration for a setting."""
     packed = setting["layout"] in ("bfd", "wrapped")
     padding_free = setting["layout"] == "padding_free"
     return SFTConfig(
-        output_dir=folder,
-        use_cpu=True,
-        bf16=precision == "bf16",
+        **common(folder, precision, lr),
         per_device_train_batch_size=setting["batch"],
         gradient_accumulation_steps=setting["accumulate"],
         max_length=None if padding_free else setting["max_length"],
@@ -100,22 +122,7 @@ def configuration(setting: dict[str, Any], precision: str, lr: float, folder: st
         padding_free=padding_free,
         completion_only_loss=True,
         train_sampling_strategy=setting["order"],
-        gradient_checkpointing=False,
         torch_compile=setting["compile"],
-        learning_rate=lr,
-        lr_scheduler_type="constant",
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        optim="adamw_torch_fused",
-        num_train_epochs=1000,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        seed=0,
     )
 
 

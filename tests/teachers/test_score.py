@@ -12,7 +12,7 @@ from distill.documents import Documents
 from distill.errors import EngineError
 from distill.format import PROMPT, Document
 from distill.logprobs import Facts, LogprobCache
-from distill.teachers.score import batches, shards_of, supervised
+from distill.teachers.score import batches, shards_of
 from distill.teachers.served import rows_of
 
 Cli = Callable[..., Any]
@@ -68,7 +68,7 @@ def test_shards_hold_whole_documents_and_equal_ones_once(monkeypatch: pytest.Mon
     documents = documents_of([12, 14, 9, 22, 5])
     twice = documents.subset([0, 1, 0, 2, 3, 3, 4])
     assert shards_of(twice) == [[0, 1], [3, 4], [6]]
-    assert [len(supervised(documents, index)) for index in range(5)] == [10, 12, 7, 20, 3]
+    assert [len(documents.supervised(index)) for index in range(5)] == [10, 12, 7, 20, 3]
 
 
 def test_passes_hold_documents_of_like_length_up_to_the_budget() -> None:
