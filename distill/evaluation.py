@@ -256,8 +256,7 @@ def _engine(recipe: Recipe, step: Step, options: RunOptions) -> Engine:
         assert recipe.teacher is not None
         return open_engine(recipe.teacher, recipe.format, options)
     if "artifact" in step.upstream:
-        folder = step.result("artifact").path("artifact") / str(step.args["variant"])
-        return onnx_engine(recipe, folder, options)
+        return onnx_engine(recipe, step.result("artifact").path("artifact"), str(step.args["variant"]), options)
     return local_engine(recipe, step, options)
 
 
@@ -274,12 +273,12 @@ def local_engine(recipe: Recipe, step: Step, options: RunOptions) -> Engine:
     return TransformersEngine.load(name, revision, recipe.format, recipe.evaluate.batch_size, dtype, options)
 
 
-def onnx_engine(recipe: Recipe, folder: Path, options: RunOptions) -> Engine:
-    """A variant of an artifact in onnxruntime-genai."""
+def onnx_engine(recipe: Recipe, folder: Path, variant: str, options: RunOptions) -> Engine:
+    """A variant of an artifact in onnxruntime."""
     from distill.engines.onnx import OnnxEngine
 
     assert recipe.evaluate is not None
-    return OnnxEngine(folder, recipe.format, recipe.evaluate.batch_size, options)
+    return OnnxEngine(folder, recipe.format, recipe.evaluate.batch_size, options, variant)
 
 
 def load_summary(folder: Path) -> Mapping[str, Any]:

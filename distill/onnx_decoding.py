@@ -1,4 +1,4 @@
-"""Run an exported variant: batched text, teacher-forced logits and cached logits from the same model.onnx.
+"""Run an exported variant: batched text, teacher-forced logits and cached logits from the same graph.
 
 `OnnxDecoder` drives onnxruntime itself. onnxruntime-genai takes 32 rows of one length, and finds padding by token id:
 a prompt that contains the pad token (a ChatML prompt whose pad is `<|im_end|>`) is attended wrongly in its batches.
@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.artifact import GENAI_CONFIG, locate
 from distill.errors import EngineError, MissingExtraError
 
 Logits = NDArray[np.float32]
 
-RUNTIME_FILE = "genai_config.json"
 PREFILL_CHUNK = 256
 """Prompt tokens run at once: their logits over the whole vocabulary are what costs memory."""
 NUCLEUS_GUESS = 256
@@ -35,7 +35,6 @@ NUCLEUS_GUESS = 256
 class Shape:
     """What the loops must know of a variant, from its genai_config.json."""
 
-    filename: str
     layers: int
     heads: int
     head_size: int
@@ -50,13 +49,12 @@ class Shape:
 
 
 def read_shape(folder: Path) -> Shape:
-    """The shape of the variant in `folder`; raises EngineError if its genai_config.json is absent or not usable."""
-    path = folder / RUNTIME_FILE
+    """The shape of an artifact's model; raises EngineError if its genai_config.json is absent or not usable."""
+    path = folder / GENAI_CONFIG
     try:
         model = json.loads(path.read_text(encoding="utf-8"))["model"]
         decoder, ends = model["decoder"], model["eos_token_id"]
         return Shape(
-            filename=str(decoder["filename"]),
             layers=int(decoder["num_hidden_layers"]),
             heads=int(decoder["num_key_value_heads"]),
             head_size=int(decoder["head_size"]),
@@ -66,7 +64,7 @@ def read_shape(folder: Path) -> Shape:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EngineError(
-            f"{path}: cannot be used ({type(error).__name__}: {error}); give a variant's folder"
+            f"{path}: cannot be used ({type(error).__name__}: {error}); give an artifact's folder"
         ) from error
 
 
@@ -112,15 +110,18 @@ class Row:
 
 
 class OnnxDecoder:
-    """A variant's folder, loaded into onnxruntime with `threads` CPU threads.
+    """A graph of an artifact, loaded into onnxruntime with `threads` CPU threads.
 
+    `path` and `variant` are those of `distill.artifact.locate`.
     `max_batch` rows decode together, fewer if their cache at full length would exceed `cache_gb`. Raises
-    MissingExtraError without onnxruntime, EngineError if the folder cannot be loaded.
+    MissingExtraError without onnxruntime, EngineError if the graph cannot be loaded.
     """
 
-    def __init__(self, folder: Path, threads: int, max_batch: int = 64, cache_gb: float = 4.0) -> None:
-        self.folder = folder
-        self.shape = read_shape(folder)
+    def __init__(
+        self, path: Path, threads: int, max_batch: int = 64, cache_gb: float = 4.0, variant: str | None = None
+    ) -> None:
+        self.graph = locate(path, variant)
+        self.shape = read_shape(self.graph.root)
         self.max_batch = max_batch
         self.cache_bytes = int(cache_gb * 2**30)
         self._runtime = _import("onnxruntime")
@@ -130,7 +131,7 @@ class OnnxDecoder:
         options = self._runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors only: warnings are about the optimiser, not about results
-        path = self.folder / self.shape.filename
+        path = self.graph.path
         try:
             return self._runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exceptions share no public base
@@ -263,7 +264,9 @@ class OnnxDecoder:
         binding.bind_ortvalue_output("logits", wrap(out_BTV))
         self._session.run_with_iobinding(binding)
         if not np.isfinite(out_BTV[:, -1].max()):
-            raise EngineError(f"{self.folder}: the model's logits are not finite; its weights are damaged or overflow")
+            raise EngineError(
+                f"{self.graph.path}: the model's logits are not finite; its weights are damaged or overflow"
+            )
         return out_BTV
 
 
@@ -308,20 +311,21 @@ def nucleus(probabilities_V: NDArray[np.float64], top_p: float) -> NDArray[np.in
 
 
 class GenaiDecoder:
-    """A variant's folder, loaded by onnxruntime-genai unmodified; threads are overlaid on its settings in memory.
+    """A graph of an artifact, loaded by onnxruntime-genai unmodified; threads and the variant are overlaid in memory.
 
-    Raises MissingExtraError without onnxruntime-genai, EngineError if the folder cannot be loaded.
+    Raises MissingExtraError without onnxruntime-genai, EngineError if the graph cannot be loaded.
     """
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, variant: str | None = None) -> None:
+        graph = locate(path, variant)
         self._genai = _import("onnxruntime_genai")
-        session = {"intra_op_num_threads": threads}
+        decoder = {"filename": graph.file, "session_options": {"intra_op_num_threads": threads}}
         try:
-            config = self._genai.Config(str(folder))
-            config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+            config = self._genai.Config(str(graph.root))
+            config.overlay(json.dumps({"model": {"decoder": decoder}}))
             self._model = self._genai.Model(config)
         except RuntimeError as error:
-            raise EngineError(f"{folder}: onnxruntime-genai cannot load it: {_first_line(error)}") from error
+            raise EngineError(f"{graph.path}: onnxruntime-genai cannot load it: {_first_line(error)}") from error
 
     def greedy(self, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
         """The new token ids after one prompt, greedily, with the artifact's own end tokens (kept if reached)."""

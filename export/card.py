@@ -14,7 +14,7 @@ from .manifest import GateEntry
 
 LOADING = """import onnxruntime_genai as og
 
-model = og.Model("{variant}")
+model = og.Model(".")
 tokenizer = og.Tokenizer(model)
 params = og.GeneratorParams(model)
 params.set_search_options(do_sample=False, max_length=1024)
@@ -39,7 +39,7 @@ def write_card(
     lines = [
         f"# {recipe.name}",
         "",
-        f"A student distilled with `distill` from {base}, as ONNX for onnxruntime-genai. One folder a variant.",
+        f"A student distilled with `distill` from {base}, as ONNX for onnxruntime-genai.",
         "",
         "| variant | MB | accuracy | 95% interval | mean tokens | stops |",
         "|---|---|---|---|---|---|",
@@ -52,7 +52,7 @@ def write_card(
         "",
         "## Use",
         "",
-        fenced(LOADING.format(variant=[*sizes][-1], messages=_messages(recipe, step)), "python"),
+        fenced(LOADING.format(messages=_messages(recipe, step)), "python"),
         "",
         *_system_note(recipe),
         "`distill verify` on this folder re-checks every file's sha256 and the golden prompts.",

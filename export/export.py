@@ -5,6 +5,7 @@ made, so a killed export does only what is left. The artifact is written last; a
 """
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from distill.artifact import graph_bytes
 from distill.config import ExportConfig, Recipe
 from distill.errors import ExportError, MissingExtraError
 from distill.evaluation import difference, evaluate, onnx_engine, read_items, set_prompts
@@ -119,15 +121,27 @@ def plain_checkpoint(recipe: Recipe, step: Step, run: OpenRun) -> Path:
 def build(checkpoint: Path, variant: str, run: OpenRun, artifact: Path) -> float:
     """Build one variant unless it is there; returns the seconds it took (kept for a resume)."""
     note = run.path(f"build-{variant}.json")
-    if (artifact / variant).exists() and note.exists():
-        return float(json.loads(note.read_text())["seconds"])
-    shutil.rmtree(artifact / variant, ignore_errors=True)
-    started = time.perf_counter()
-    build_variant(checkpoint, variant, artifact / variant)
-    seconds = time.perf_counter() - started
-    write_json(note, {"seconds": seconds})
-    say(f"export: {variant}: {size_of(artifact / variant) / 1e6:,.1f} MB in {seconds:.0f} s")
+    if not note.exists():
+        built = run.work / variant
+        shutil.rmtree(built, ignore_errors=True)
+        started = time.perf_counter()
+        build_variant(checkpoint, variant, built)
+        merge(built, artifact)
+        write_json(note, {"seconds": time.perf_counter() - started})
+    seconds = float(json.loads(note.read_text())["seconds"])
+    say(f"export: {variant}: {graph_bytes(artifact, variant) / 1e6:,.1f} MB in {seconds:.0f} s")
     return seconds
+
+
+def merge(built: Path, artifact: Path) -> None:
+    """Move a folder with one variant into the artifact, where it becomes the default one.
+
+    What the variants share comes out alike from each build and is replaced by its equal.
+    """
+    (artifact / "onnx").mkdir(exist_ok=True)
+    for source in [*(built / "onnx").iterdir(), *(path for path in built.iterdir() if path.is_file())]:
+        os.replace(source, artifact / source.relative_to(built))
+    shutil.rmtree(built)
 
 
 def remove_unfinished(artifact: Path) -> None:
@@ -137,11 +151,6 @@ def remove_unfinished(artifact: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 # --- parity ---------------------------------------------------------------------------------------------------------
@@ -195,7 +204,7 @@ def measure(variant: str, checkpoint: Path, texts: Texts, export: ExportConfig, 
     if path.exists():
         return [GateEntry.model_validate(gate) for gate in json.loads(path.read_text())["gates"]]
     torch_logits = TorchLogits(checkpoint)
-    decoder = OnnxDecoder(run.path("artifact") / variant, run.options.cpu_threads)
+    decoder = OnnxDecoder(run.path("artifact"), run.options.cpu_threads, variant=variant)
     parity = compare_logits(
         (torch_logits(ids)[compared] for ids, compared in texts.documents),
         (decoder.logits(ids)[compared] for ids, compared in texts.documents),
@@ -248,7 +257,7 @@ def evaluate_variants(recipe: Recipe, step: Step, run: OpenRun) -> dict[str, dic
     prompts = _held_out(recipe, step)
     summaries: dict[str, dict[str, Any]] = {}
     for variant in export.variants:
-        engine = onnx_engine(recipe, run.path("artifact") / variant, run.options)
+        engine = onnx_engine(recipe, run.path("artifact"), variant, run.options)
         folder = run.path(f"eval-{variant}")
         folder.mkdir(exist_ok=True)
         summaries[variant] = evaluate(
@@ -289,8 +298,8 @@ def golden_prompts(
     chosen = texts.prompts[: export.golden_prompts]
     for variant in export.variants:
         genai, ours = (
-            GenaiDecoder(artifact / variant, options.cpu_threads),
-            OnnxDecoder(artifact / variant, options.cpu_threads),
+            GenaiDecoder(artifact, options.cpu_threads, variant),
+            OnnxDecoder(artifact, options.cpu_threads, variant=variant),
         )
         expected = [genai.greedy(ids, GOLDEN_TOKENS) for ids in chosen]
         same = sum(ours.generate([ids], GOLDEN_TOKENS)[0] == tokens for ids, tokens in zip(chosen, expected))
@@ -314,7 +323,7 @@ def package(
     """Write the card and the manifest; seal unless a gate failed."""
     artifact = run.path("artifact")
     export = _export(recipe)
-    sizes: dict[str, int] = {variant: size_of(artifact / variant) for variant in export.variants}
+    sizes: dict[str, int] = {variant: graph_bytes(artifact, variant) for variant in export.variants}
     card = write_card(recipe, step, gates, summaries, sizes)
     (artifact / CARD_FILE).write_text(card, encoding="utf-8")
     timed = {"tokens", "seconds", "tokens_per_s"}

@@ -1,4 +1,4 @@
-"""Build the ONNX graph of a checkpoint: one folder a variant, which onnxruntime-genai loads by itself.
+"""Build the ONNX graph of a checkpoint: an artifact's folder with one variant, which onnxruntime-genai loads by itself.
 
 onnxruntime-genai's model builder makes the graph, behind the one function `run_builder`. It ignores what it does not
 know, so nothing it was asked for is believed: `check_graph` reads the graph that came out (kernels, bits, block size,
@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distill.artifact import GENAI_CONFIG, VARIANT_FILES, data_file
 from distill.errors import ExportError, MissingExtraError
 from distill.models import find_model, load_config, load_tokenizer
 from distill.records import write_json
 from distill.runs import PARTIAL, library_versions
 
-MODEL_FILE = "model.onnx"
-RUNTIME_FILE = "genai_config.json"
+BUILDER_GRAPH = "model.onnx"
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHECKPOINT_FILES = (
@@ -91,11 +91,11 @@ class Matrix(NamedTuple):
 
 
 def build_variant(checkpoint: Path, variant: str, folder: Path) -> None:
-    """Export a transformers checkpoint as `variant` into a new `folder`.
+    """Export a transformers checkpoint as an artifact's folder with this one variant.
 
-    The checkpoint is a Llama, Qwen2 or Qwen3 with its tokenizer, in fp32 or bf16 safetensors. `folder` gets
-    model.onnx with its external data, genai_config.json, config.json, generation_config.json and the tokenizer's
-    files; it appears complete or not at all (a build in progress lies in `folder.part`). Needs no network.
+    The checkpoint is a Llama, Qwen2 or Qwen3 with its tokenizer, in fp32 or bf16 safetensors. `folder` gets the graph
+    with its external data below onnx/ (`VARIANT_FILES`), genai_config.json, config.json, generation_config.json and the
+    tokenizer's files; it appears complete or not at all (a build in progress lies in `folder.part`). Needs no network.
     Raises ExportError if the variant or the model is not supported, the checkpoint's files disagree on the end
     tokens, or the graph that came out is not the one asked for; ModelError if the checkpoint cannot be read.
     """
@@ -111,10 +111,10 @@ def build_variant(checkpoint: Path, variant: str, folder: Path) -> None:
     part = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(part, ignore_errors=True)
     run_builder(checkpoint, config, scheme, part)
-    check_graph(part, config, scheme)
-    name_producer(part)
+    check_graph(part / BUILDER_GRAPH, config, scheme)
+    place_graph(part, VARIANT_FILES[variant])
     take_over_files(checkpoint, part, config)
-    write_runtime_config(part, config, end_ids)
+    write_runtime_config(part, config, end_ids, VARIANT_FILES[variant])
     os.replace(part, folder)
 
 
@@ -160,18 +160,26 @@ def run_builder(checkpoint: Path, config: Any, scheme: Scheme, folder: Path) -> 
             ) from error
 
 
-def name_producer(folder: Path) -> None:
-    """Name the builder's own version as the graph's producer.
+def place_graph(folder: Path, file: str) -> None:
+    """Move the builder's graph and its weights to `file`, a relative path in `folder`.
 
-    The builder adds the git commit of whatever working directory it runs in, which is none of the artifact's business
-    and would make equal exports differ.
+    Weights go to one file beside it, which the graph then names. The builder's own version becomes the graph's
+    producer: it adds the git commit of whatever working directory it runs in, which is none of the artifact's
+    business and would make equal exports differ.
     """
     import onnx
 
-    path = folder / MODEL_FILE
-    model = onnx.load(path, load_external_data=False)
+    source, target = folder / BUILDER_GRAPH, folder / file
+    model = onnx.load(source, load_external_data=False)
     model.producer_version = library_versions(["onnxruntime-genai"]).get("onnxruntime-genai", "")
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = data_file(target).name
+    target.parent.mkdir()
+    target.write_bytes(model.SerializeToString(deterministic=True))
+    source.unlink()
+    (folder / f"{BUILDER_GRAPH}.data").rename(data_file(target))
 
 
 def _import_builder() -> Any:
@@ -247,8 +255,8 @@ def expected_matrices(config: Any, scheme: Scheme) -> list[Matrix]:
     return [*body, Matrix("/lm_head/MatMul", scheme.head_bits, hidden, config.vocab_size)]
 
 
-def check_graph(folder: Path, config: Any, scheme: Scheme) -> None:
-    """Raise ExportError unless model.onnx is the graph of this model under this scheme, naming the first difference.
+def check_graph(path: Path, config: Any, scheme: Scheme) -> None:
+    """Raise ExportError unless the file is the graph of this model under this scheme, naming the first difference.
 
     Checked: every matrix with its bits, block size, accuracy level and shape; one fused GroupQueryAttention a layer
     with its heads, rotary embedding and no window; one table for tied embedding and head; no weight unused; inputs
@@ -256,14 +264,14 @@ def check_graph(folder: Path, config: Any, scheme: Scheme) -> None:
     """
     import onnx_ir
 
-    graph = onnx_ir.load(folder / MODEL_FILE).graph
+    graph = onnx_ir.load(path).graph
     nodes = list(graph)
     _check_matrices([_matrix(node, scheme) for node in nodes if _is_weight_product(node)], config, scheme)
     _check_attention([node for node in nodes if node.op_type == "GroupQueryAttention"], config)
     _check_embedding([node for node in nodes if node.op_type in ("Gather", "GatherBlockQuantized")], config, scheme)
     unused = sorted(name for name, value in graph.initializers.items() if not value.uses())
     if unused:
-        raise ExportError(f"{folder}: {len(unused)} weights are in the file but not in the graph, first {unused[0]}")
+        raise ExportError(f"{path}: {len(unused)} weights are in the file but not in the graph, first {unused[0]}")
     _check_interface({v.name for v in graph.inputs}, {v.name for v in graph.outputs}, config)
 
 
@@ -393,12 +401,14 @@ def take_over_files(checkpoint: Path, folder: Path, config: Any) -> None:
         write_json(folder / GENERATION_FILE, {key: value for key, value in ids.items() if value is not None})
 
 
-def write_runtime_config(folder: Path, config: Any, end_ids: list[int]) -> None:
-    """Make genai_config.json agree with the checkpoint: same end ids, greedy by default, a bounded length.
+def write_runtime_config(folder: Path, config: Any, end_ids: list[int], file: str) -> None:
+    """Make genai_config.json agree with the checkpoint: same end ids, greedy by default, a bounded length; and name
+    the graph that onnxruntime-genai loads.
 
     Threads are left out on purpose: they belong to the machine that loads the artifact.
     """
-    settings = _read_json(folder / RUNTIME_FILE)
+    settings = _read_json(folder / GENAI_CONFIG)
+    settings["model"]["decoder"]["filename"] = file
     settings["model"]["eos_token_id"] = end_ids if len(end_ids) > 1 else end_ids[0]
     settings["search"] |= {
         "do_sample": False,
@@ -406,19 +416,19 @@ def write_runtime_config(folder: Path, config: Any, end_ids: list[int]) -> None:
         "repetition_penalty": 1.0,
         "max_length": min(config.max_position_embeddings, LONGEST_DEFAULT),
     }
-    write_json(folder / RUNTIME_FILE, settings)
+    write_json(folder / GENAI_CONFIG, settings)
 
 
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def weight_bytes(folder: Path) -> Mapping[str, int]:
-    """Bytes of the weights by part: `head` (with a tied embedding), `embedding`, `body`, `rest` (norms, rotary)."""
+def weight_bytes(path: Path) -> Mapping[str, int]:
+    """Bytes of a graph's weights: `head` (with a tied embedding), `embedding`, `body`, `rest` (norms, rotary)."""
     import onnx_ir
 
     sizes = {"head": 0, "embedding": 0, "body": 0, "rest": 0}
-    for name, value in onnx_ir.load(folder / MODEL_FILE).graph.initializers.items():
+    for name, value in onnx_ir.load(path).graph.initializers.items():
         if value.const_value is not None:
             sizes[_part_of(name)] += value.const_value.nbytes
     return sizes

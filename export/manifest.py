@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from distill.artifact import VARIANT_FILES
 from distill.errors import ArtifactError
 from distill.records import digest_json, write_json
 from distill.runs import file_digest
@@ -27,7 +28,7 @@ DEEPEST_FOLDER = 8
 
 GateStatus = Literal["passed", "failed", "not_run"]
 VariantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
-"""Also the name of a sub-folder, so it can be nothing but a plain word."""
+"""A plain word: it is shown, and names files."""
 TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -92,7 +93,7 @@ class Draft(_Part):
     schema_version: Literal[1] = Field(default=1, alias="schema")
     name: str
     variants: tuple[VariantName, ...] = Field(min_length=1)
-    """Sub-folders that hold one loadable graph each."""
+    """Graphs in the folder; where each lies is `distill.artifact.VARIANT_FILES`."""
     origins: Origins
     tools: dict[str, str] = {}
     """Versions of the libraries that made the files."""
@@ -270,7 +271,7 @@ def _problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     for name in sorted(found & manifest.files.keys()):
         if reason := _changed(folder / name, manifest.files[name]):
             yield f"{name} {reason}"
-    yield from (f"{variant}/ is a variant without files" for variant in _empty_variants(manifest))
+    yield from (f"variant {variant} has no graph" for variant in manifest.variants if not _has_graph(manifest, variant))
 
 
 def _changed(path: Path, entry: FileEntry) -> str | None:
@@ -281,8 +282,8 @@ def _changed(path: Path, entry: FileEntry) -> str | None:
     return None if found == entry.sha256 else f"was changed: its sha256 is {found[:12]}…, not {entry.sha256[:12]}…"
 
 
-def _empty_variants(manifest: Manifest) -> list[str]:
-    return [v for v in manifest.variants if not any(name.startswith(f"{v}/") for name in manifest.files)]
+def _has_graph(manifest: Manifest, variant: str) -> bool:
+    return VARIANT_FILES.get(variant) in manifest.files
 
 
 def _entry(path: Path) -> FileEntry:

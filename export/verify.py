@@ -34,7 +34,7 @@ def verify_artifact(folder: Path, golden: bool = True) -> list[Check]:
     checks += [_gate(gate) for gate in manifest.gates]
     for variant in manifest.variants:
         chosen = [prompt for prompt in manifest.golden if prompt.variant == variant]
-        checks.append(_golden(folder / variant, variant, chosen) if golden and chosen else _not_run(variant, golden))
+        checks.append(_golden(folder, variant, chosen) if golden and chosen else _not_run(variant, golden))
     return checks
 
 
@@ -55,7 +55,7 @@ def _not_run(variant: str, golden: bool) -> Check:
 
 
 def _golden(folder: Path, variant: str, prompts: Sequence[GoldenPrompt]) -> Check:
-    decoder = GenaiDecoder(folder, available_cores())
+    decoder = GenaiDecoder(folder, available_cores(), variant)
     wrong = [
         prompt
         for prompt in prompts

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from distill.artifact import VARIANT_FILES
 from distill.config import recipe_from
 from distill.evaluation import summarise
 from distill.plan import make_plan
@@ -177,9 +178,9 @@ def paint(folder: Path, label: str, recipe: dict[str, Any]) -> dict[str, Any]:
     if stage == "export":
         gates = []
         for variant in recipe["export"]["variants"]:
-            made = folder / "artifact" / variant
-            made.mkdir(parents=True)
-            made.joinpath("model.onnx").write_bytes(b"0" * (SIZES[variant] // (2 if recipe["student"]["prune"] else 1)))
+            made = folder / "artifact" / VARIANT_FILES[variant]
+            made.parent.mkdir(parents=True, exist_ok=True)
+            made.write_bytes(b"0" * (SIZES[variant] // (2 if recipe["student"]["prune"] else 1)))
             (folder / f"eval-{variant}").mkdir()
             loss = {"fp32": 0.0, "int8": 0.01, "int4": 0.03}[variant]
             paint_evaluation(folder / f"eval-{variant}", variant, skill - loss)

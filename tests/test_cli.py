@@ -387,8 +387,8 @@ def artifact(tmp_path: Path) -> Path:
     from distill.export.manifest import Draft, GateEntry, ModelOrigin, Origins, write_manifest
 
     folder = tmp_path / "artifact"
-    (folder / "int4").mkdir(parents=True)
-    (folder / "int4" / "model.onnx").write_bytes(b"weights")
+    (folder / "onnx").mkdir(parents=True)
+    (folder / "onnx" / "model_q4.onnx").write_bytes(b"weights")
     gates = (
         GateEntry(name="mean_kl", variant="int4", status="passed", detail="small"),
         GateEntry(name="accuracy_drop", variant="int4", status="not_run", detail="no evaluation set"),
@@ -411,9 +411,9 @@ def test_verify_can_require_every_check(cli: Cli, artifact: Path) -> None:
 
 
 def test_verify_refuses_a_changed_file_with_exit_3(cli: Cli, artifact: Path) -> None:
-    (artifact / "int4" / "model.onnx").write_bytes(b"others!")
+    (artifact / "onnx" / "model_q4.onnx").write_bytes(b"others!")
     said = cli("verify", artifact)
-    assert said.code == 3 and "int4/model.onnx" in said.error_line and said.out == ""
+    assert said.code == 3 and "onnx/model_q4.onnx" in said.error_line and said.out == ""
 
 
 # --- doctor ---------------------------------------------------------------------------------------------------------

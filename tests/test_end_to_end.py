@@ -122,15 +122,15 @@ def test_every_stage_is_sealed_and_the_artifact_verifies(finished: Finished) -> 
         [sys.executable, "-m", "distill.cli", "verify", str(artifact)], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    model = artifact / "int4" / "model.onnx.data"
+    model = artifact / "onnx" / "model_q4.onnx_data"
     damaged = artifact.parent.parent / "damaged"
     shutil.copytree(artifact, damaged)
-    (damaged / "int4" / model.name).write_bytes(model.read_bytes()[:-1] + b"?")
+    (damaged / "onnx" / model.name).write_bytes(model.read_bytes()[:-1] + b"?")
     result = subprocess.run(
         [sys.executable, "-m", "distill.cli", "verify", str(damaged)], capture_output=True, text=True
     )
     assert result.returncode == 3
-    assert "model.onnx.data" in result.stderr
+    assert "model_q4.onnx_data" in result.stderr
 
 
 def test_the_command_line_finds_what_the_python_call_made(finished: Finished) -> None:

@@ -195,8 +195,8 @@ class Store:
 
     def export(self, gates: Sequence[Mapping[str, Any]] | None, sealed: bool, items: Sequence[Item] = ()) -> None:
         def write(run: OpenRun) -> None:
-            (run.path("artifact") / "int4").mkdir(parents=True)
-            (run.path("artifact") / "int4" / "model.onnx").write_bytes(b"0" * 1_250_000)
+            (run.path("artifact") / "onnx").mkdir(parents=True)
+            (run.path("artifact") / "onnx" / "model_q4.onnx").write_bytes(b"0" * 1_250_000)
             write_json(run.path("parity-int4.json"), {"gates": GATES[:1]})
             if gates is not None:
                 write_json(run.path("gates.json"), {"gates": list(gates)})

@@ -258,7 +258,7 @@ def test_the_smallest_trial_that_is_good_enough_ships_with_its_lineage(
     assert said.code == 0, said.err
     assert said.out.startswith(f"trial {choice.number}: least bytes of {len(choice.passed)} that pass, 8 finished")
     made = tmp_path / "shipped"
-    assert (made / "artifact" / "int8" / "model.onnx").stat().st_size == 78_500
+    assert (made / "artifact" / "onnx" / "model_quantized.onnx").stat().st_size == 78_500
     labels = {path.stem for path in (made / "lineage").iterdir()}
     assert {"prompts", "generate", "select", "prune", "train-0", "eval-student-heldout", "export"} <= labels
     assert json.loads((made / "choice.json").read_text())["conditions"] == ["accuracy>=0.7"]
@@ -271,7 +271,7 @@ def test_the_smallest_trial_that_is_good_enough_ships_with_its_lineage(
 def test_what_ships_is_uploaded_as_it_lies_there(
     painted: Record, tmp_path: Path, command: Callable[..., Any], open_hub: Callable[..., Any]
 ) -> None:
-    hub = open_hub("artifact/int4/model.onnx", "NOTICE")
+    hub = open_hub("artifact/onnx/model_q4.onnx", "NOTICE")
     where = ["--runs", painted.runs, "--out", tmp_path / "shipped", "--push-to-hub", "ada/tiny", "--json"]
     done = command("sweep", "ship", "sweep", "--min", "bytes", *where, HF_ENDPOINT=hub.url, HF_TOKEN=hub.token)
     assert done.returncode == 0, done.stderr
@@ -300,7 +300,7 @@ def test_an_artifact_that_was_changed_after_it_was_sealed_does_not_ship(lab: Any
     (tmp_path / "sweep.yaml").write_text(json.dumps({"recipe": "recipe.yaml"}))
     run_sweep(tmp_path / "sweep.yaml", RunOptions(tmp_path / "runs", quiet=True), lab.Painted(looks=1))
     record = read_record("sweep", tmp_path / "runs")
-    model = next((tmp_path / "runs" / "export").glob("*/artifact/int4/model.onnx"))
+    model = next((tmp_path / "runs" / "export").glob("*/artifact/onnx/model_q4.onnx"))
     model.write_bytes(b"1" + model.read_bytes()[1:])
     with pytest.raises(RunError, match="holds other bytes"):
         ship(record, choose(record, most="accuracy"))

@@ -1,12 +1,13 @@
 """Generation with an exported variant: the artifact answers as its users will run it.
 
-The tokenizer and template are the variant folder's own; decoding is `distill.onnx_decoding`.
+The tokenizer and template are the artifact's own; decoding is `distill.onnx_decoding`.
 """
 
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from pathlib import Path
 
+from distill.artifact import locate
 from distill.config import FormatConfig, TeacherConfig
 from distill.engines import Completion, Request, in_batches
 from distill.engines.transformers import completion_of
@@ -17,26 +18,31 @@ from distill.runs import DigestCache, RunOptions, library_versions
 
 
 def roots(teacher: TeacherConfig, cache: DigestCache) -> dict[str, str]:
-    """The content of the variant's folder."""
-    return {"model": cache.of(Path(teacher.model))}
+    """The content of the artifact's folder, and the graph where another than its default is named."""
+    path = Path(teacher.model)
+    graph = locate(path)
+    return {"model": cache.of(graph.root)} | ({"graph": graph.file} if path != graph.root else {})
 
 
 def preflight(teacher: TeacherConfig, format: FormatConfig, options: RunOptions) -> None:
-    """Refuse a folder that is no exported variant."""
-    read_shape(Path(teacher.model))
+    """Refuse what is neither an artifact's folder nor a graph in one."""
+    read_shape(locate(Path(teacher.model)).root)
 
 
 class OnnxEngine:
-    """Batched generation with a variant's folder."""
+    """Batched generation with a graph of an artifact."""
 
     name = "onnx"
 
-    def __init__(self, folder: Path, format: FormatConfig, batch_size: int, options: RunOptions) -> None:
+    def __init__(
+        self, path: Path, format: FormatConfig, batch_size: int, options: RunOptions, variant: str | None = None
+    ) -> None:
         self.version = library_versions(["onnxruntime"]).get("onnxruntime", "")
         self.format = format
         self.batch_size: int | None = batch_size
-        self.tokenizer = load_tokenizer(ModelSource(str(folder), folder))
-        self.decoder = OnnxDecoder(folder, options.cpu_threads)
+        self.decoder = OnnxDecoder(path, options.cpu_threads, variant=variant)
+        root = self.decoder.graph.root
+        self.tokenizer = load_tokenizer(ModelSource(str(root), root))
 
     @classmethod
     def from_teacher(cls, teacher: TeacherConfig, format: FormatConfig, options: RunOptions) -> "OnnxEngine":

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
+from distill.artifact import graph_bytes, variants_in
 from distill.config import recipe_from
 from distill.errors import RecipeError
 from distill.records import Example, Prompt, Trace, read_records
@@ -450,7 +451,7 @@ def variant_names(pipeline: Pipeline) -> list[str]:
     run = pipeline.one("export")
     if named or run is None:
         return list(named or [])
-    return sorted(path.name for path in (run.folder / "artifact").glob("*") if path.is_dir())
+    return variants_in(run.folder / "artifact")
 
 
 def _gates_so_far(run: StageRun, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -471,7 +472,12 @@ def _gate(entry: Mapping[str, Any]) -> Gate:
 
 def _variant(run: StageRun, name: str) -> Variant:
     note = run.json(f"build-{name}.json")
-    return Variant(name, megabytes(run.folder / "artifact" / name), note["seconds"] if note else None)
+    return Variant(name, variant_megabytes(run, name), note["seconds"] if note else None)
+
+
+def variant_megabytes(run: StageRun, name: str) -> float | None:
+    """Size of a variant's graph and weights in MB of 10^6 bytes; None before it is built."""
+    return graph_bytes(run.folder / "artifact", name) / MEGABYTE or None
 
 
 def megabytes(folder: Path) -> float | None:

@@ -13,7 +13,7 @@ from distill.errors import DataError
 from distill.evaluation import ITEMS, SUMMARY, difference
 from distill.records import Item, read_records
 
-from .facts import Estimate, clip, megabytes, variant_names
+from .facts import Estimate, clip, megabytes, variant_megabytes, variant_names
 from .lineage import MODEL_ORDER, Pipeline, StageRun
 
 Kind = Literal["teacher", "base", "student", "variant"]
@@ -195,7 +195,7 @@ def _kind(model: str) -> Kind:
 def model_sizes(pipeline: Pipeline) -> dict[str, float]:
     """MB of the models whose weights lie in the run store."""
     export, trained = pipeline.one("export"), pipeline.of("train")
-    sizes = {name: megabytes(export.folder / "artifact" / name) for name in variant_names(pipeline)} if export else {}
+    sizes = {name: variant_megabytes(export, name) for name in variant_names(pipeline)} if export else {}
     if trained:
         sizes["student"] = megabytes(trained[-1].folder / "model")
     return {name: size for name, size in sizes.items() if size is not None}

@@ -36,7 +36,7 @@ def test_the_artifacts_card_names_origins_without_their_folders(step: Step) -> N
     text = card(step, licence="Apache-2.0")
     assert "from `base.gguf`, as ONNX" in text and "- base: `base.gguf`, licence: Apache-2.0" in text
     assert "- teacher: `transformers` r1, licence: MIT" in text and "lovelace" not in text
-    assert "| int4 | mean_kl | not run |  | 0.5 |  |" in text and 'og.Model("int4")' in text
+    assert "| int4 | mean_kl | not run |  | 0.5 |  |" in text and 'og.Model(".")' in text
     assert "licence: not stated in the recipe" in card(step)
 
 

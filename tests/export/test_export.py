@@ -24,9 +24,9 @@ def test_a_long_answer_is_cut_and_still_compared_up_to_the_cut() -> None:
 
 
 def test_what_a_killed_attempt_left_half_written_never_reaches_the_manifest(tmp_path: Path) -> None:
-    (tmp_path / "int4").mkdir()
-    (tmp_path / "fp32.part").mkdir()
-    (tmp_path / "fp32.part" / "model.onnx").write_bytes(b"half")
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "old.part").mkdir()
+    (tmp_path / "old.part" / "model.onnx").write_bytes(b"half")
     (tmp_path / "manifest.json.part").write_bytes(b"{")
     remove_unfinished(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["int4"]
+    assert [path.name for path in tmp_path.iterdir()] == ["onnx"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from distill.artifact import VARIANT_FILES, data_file
 from distill.errors import ExportError
 from distill.export.graph import (
     CHECKPOINT_FILES,
@@ -25,6 +26,10 @@ from distill.export.graph import (
 from distill.models import find_model, load_config
 
 FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+def graph(folder: Path, variant: str = "fp32") -> Path:
+    return folder / VARIANT_FILES[variant]
 
 
 def config_of(folder: Path) -> Any:
@@ -49,10 +54,11 @@ def test_every_family_exports_to_every_variant(
     exported: Callable[..., Path], student: Callable[..., Path], family: str, tied: bool, variant: str
 ) -> None:
     folder = exported(family, variant, tied=tied)
-    check_graph(folder, config_of(student(family, tied=tied)), VARIANTS[variant])
+    check_graph(graph(folder, variant), config_of(student(family, tied=tied)), VARIANTS[variant])
     names = {path.name for path in folder.iterdir()}
-    assert names >= {"model.onnx", "model.onnx.data", "genai_config.json", "config.json", "generation_config.json"}
+    assert names >= {"onnx", "genai_config.json", "config.json", "generation_config.json"}
     assert names >= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {*(folder / "onnx").iterdir()} == {graph(folder, variant), data_file(graph(folder, variant))}
     assert not folder.with_name(f"{variant}.part").exists()
 
 
@@ -60,25 +66,25 @@ def test_weights_take_the_bytes_that_their_bits_say(exported: Callable[..., Path
     hidden, inner, vocabulary, layers = 64, 128, 512, 2
     body = layers * (hidden * 128 + 64 * hidden + 3 * hidden * inner)  # qkv is 64 + 32 + 32 wide
     head = hidden * vocabulary
-    assert weight_bytes(exported(variant="fp32"))["body"] == 4 * body
-    assert weight_bytes(exported(variant="fp32"))["head"] == 4 * head
+    assert weight_bytes(graph(exported(variant="fp32"), "fp32"))["body"] == 4 * body
+    assert weight_bytes(graph(exported(variant="fp32"), "fp32"))["head"] == 4 * head
     # a block of 32 weights has one fp32 scale; int4 also has a zero point of as many bits as a weight
-    assert weight_bytes(exported(variant="int8"))["body"] == body + 4 * body // 32
-    assert weight_bytes(exported(variant="int4"))["body"] == body // 2 + 4 * body // 32 + body // 64
-    assert weight_bytes(exported(variant="int4"))["head"] == head + 4 * head // 32 + head // 32
+    assert weight_bytes(graph(exported(variant="int8"), "int8"))["body"] == body + 4 * body // 32
+    assert weight_bytes(graph(exported(variant="int4"), "int4"))["body"] == body // 2 + 4 * body // 32 + body // 64
+    assert weight_bytes(graph(exported(variant="int4"), "int4"))["head"] == head + 4 * head // 32 + head // 32
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_tied_embedding_is_stored_once(exported: Callable[..., Path], variant: str) -> None:
-    assert weight_bytes(exported(variant=variant))["embedding"] == 0
-    assert weight_bytes(exported(variant=variant, tied=False))["embedding"] > 0
+    assert weight_bytes(graph(exported(variant=variant), variant))["embedding"] == 0
+    assert weight_bytes(graph(exported(variant=variant, tied=False), variant))["embedding"] > 0
 
 
 def test_building_twice_gives_the_same_bytes(student: Callable[..., Path], tmp_path: Path) -> None:
     for name in ("one", "two"):
         build_variant(student(), "int4", tmp_path / name)
-    for path in sorted((tmp_path / "one").iterdir()):
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+    for path in sorted(path for path in (tmp_path / "one").rglob("*") if path.is_file()):
+        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes(), path.name
 
 
 def test_tokenizer_and_configuration_are_the_checkpoints_own(
@@ -99,6 +105,7 @@ def test_the_runtime_settings_are_greedy_bounded_and_end_where_the_checkpoint_en
     )
     build_variant(checkpoint, "int8", tmp_path / "out")
     settings = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    assert settings["model"]["decoder"]["filename"] == "onnx/model_quantized.onnx"
     assert settings["model"]["eos_token_id"] == [end, 0]
     assert settings["search"]["do_sample"] is False
     assert settings["search"]["max_length"] == settings["model"]["context_length"] == 512
@@ -154,7 +161,7 @@ def test_a_graph_quantized_otherwise_than_asked_is_refused(
     exported: Callable[..., Path], student: Callable[..., Path], scheme: Any, complaint: str
 ) -> None:
     with pytest.raises(ExportError, match=complaint):
-        check_graph(exported(variant="int4"), config_of(student()), scheme)
+        check_graph(graph(exported(variant="int4"), "int4"), config_of(student()), scheme)
 
 
 @pytest.mark.parametrize(
@@ -174,14 +181,14 @@ def test_a_graph_of_another_model_is_refused(
     for key, value in change.items():
         setattr(config, key, value)
     with pytest.raises(ExportError, match=complaint):
-        check_graph(exported(variant="int4"), config, INT4)
+        check_graph(graph(exported(variant="int4"), "int4"), config, INT4)
 
 
 def test_a_second_table_for_a_tied_embedding_is_refused(
     exported: Callable[..., Path], student: Callable[..., Path]
 ) -> None:
     with pytest.raises(ExportError, match=r"a tied model shares the head's"):
-        check_graph(exported(variant="fp32", tied=False), config_of(student()), VARIANTS["fp32"])
+        check_graph(graph(exported(variant="fp32", tied=False)), config_of(student()), VARIANTS["fp32"])
 
 
 def test_attention_with_a_window_or_without_rotary_embedding_is_refused(
@@ -192,13 +199,13 @@ def test_attention_with_a_window_or_without_rotary_embedding_is_refused(
     for key, value, complaint in (("local_window_size", 8, "window of 8"), ("do_rotary", 0, "do_rotary 0")):
         folder = tmp_path / key
         shutil.copytree(exported(), folder)
-        model = onnx_ir.load(folder / "model.onnx")
+        model = onnx_ir.load(graph(folder))
         next(n for n in model.graph if n.op_type == "GroupQueryAttention").attributes[key] = onnx_ir.AttrInt64(
             key, value
         )
-        onnx_ir.save(model, folder / "model.onnx")
+        onnx_ir.save(model, graph(folder))
         with pytest.raises(ExportError, match=complaint):
-            check_graph(folder, config_of(student()), VARIANTS["fp32"])
+            check_graph(graph(folder), config_of(student()), VARIANTS["fp32"])
 
 
 def test_a_weight_that_no_node_reads_is_refused(
@@ -209,13 +216,13 @@ def test_a_weight_that_no_node_reads_is_refused(
 
     folder = tmp_path / "fp32"
     shutil.copytree(exported(), folder)
-    model = onnx_ir.load(folder / "model.onnx")
+    model = onnx_ir.load(graph(folder))
     model.graph.register_initializer(
         onnx_ir.Value(name="stray", const_value=onnx_ir.tensor(np.zeros(4, np.float32), name="stray"))
     )
-    onnx_ir.save(model, folder / "model.onnx")
+    onnx_ir.save(model, graph(folder))
     with pytest.raises(ExportError, match="not in the graph, first stray"):
-        check_graph(folder, config_of(student()), VARIANTS["fp32"])
+        check_graph(graph(folder), config_of(student()), VARIANTS["fp32"])
 
 
 def test_an_unknown_variant_names_the_known_ones(student: Callable[..., Path], tmp_path: Path) -> None:
@@ -295,6 +302,6 @@ def test_the_graph_names_no_commit_of_the_folder_it_was_built_in(student: Callab
     build_variant(student(), "int8", tmp_path / "int8")
     import onnx
 
-    graph = onnx.load(tmp_path / "int8" / "model.onnx", load_external_data=False)
-    assert graph.producer_name == "onnxruntime-genai"
-    assert re.fullmatch(r"[0-9.]+", graph.producer_version)
+    model = onnx.load(graph(tmp_path / "int8", "int8"), load_external_data=False)
+    assert model.producer_name == "onnxruntime-genai"
+    assert re.fullmatch(r"[0-9.]+", model.producer_version)

@@ -55,9 +55,9 @@ def draft(**changes: Any) -> Draft:
 def fill(folder: Path) -> Path:
     for name, content in {
         "README.md": "# tiny",
-        "int4/model.onnx": "graph",
-        "int4/model.onnx.data": "weights",
-        "int8/model.onnx": "graph8",
+        "onnx/model_q4.onnx": "graph",
+        "onnx/model_q4.onnx_data": "weights",
+        "onnx/model_quantized.onnx": "graph8",
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
@@ -83,8 +83,9 @@ def rewrite(artifact: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 def test_a_manifest_names_every_file_with_its_sha256_and_bytes(artifact: Path) -> None:
     manifest = verify_files(artifact)
-    assert list(manifest.files) == ["README.md", "int4/model.onnx", "int4/model.onnx.data", "int8/model.onnx"]
-    found = manifest.files["int4/model.onnx.data"]
+    graphs = ["onnx/model_q4.onnx", "onnx/model_q4.onnx_data", "onnx/model_quantized.onnx"]
+    assert list(manifest.files) == ["README.md", *graphs]
+    found = manifest.files["onnx/model_q4.onnx_data"]
     assert found.bytes == len("weights")
     assert (
         found.sha256 == "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"
@@ -114,7 +115,7 @@ def test_equal_results_have_equal_digests_whatever_was_measured(artifact: Path) 
     (artifact / "README.md").write_text("# tiny, measured again")
     assert result_digest(write_manifest(artifact, draft(measured={"build_s": 99.0}))) == digest
     assert result_digest(write_manifest(artifact, draft(tools={"onnxruntime": "2"}))) != digest
-    (artifact / "int4/model.onnx").write_text("other")
+    (artifact / "onnx/model_q4.onnx").write_text("other")
     assert result_digest(write_manifest(artifact, draft())) != digest
 
 
@@ -139,14 +140,14 @@ def test_verifying_loads_no_heavy_library(artifact: Path) -> None:
 
 
 def flip_a_bit(artifact: Path) -> None:
-    path = artifact / "int4/model.onnx.data"
+    path = artifact / "onnx/model_q4.onnx_data"
     data = bytearray(path.read_bytes())
     data[3] ^= 1
     path.write_bytes(data)
 
 
 def swap_two_files(artifact: Path) -> None:
-    one, other = artifact / "int4/model.onnx", artifact / "README.md"
+    one, other = artifact / "onnx/model_q4.onnx", artifact / "README.md"
     first, second = one.read_bytes(), other.read_bytes()
     one.write_bytes(second)
     other.write_bytes(first)
@@ -155,8 +156,8 @@ def swap_two_files(artifact: Path) -> None:
 def link_out(artifact: Path) -> None:
     outside = artifact.parent / "outside"
     outside.write_text("weights")
-    (artifact / "int4/model.onnx.data").unlink()
-    (artifact / "int4/model.onnx.data").symlink_to(outside)
+    (artifact / "onnx/model_q4.onnx_data").unlink()
+    (artifact / "onnx/model_q4.onnx_data").symlink_to(outside)
 
 
 def link_a_folder_out(artifact: Path) -> None:
@@ -167,17 +168,17 @@ def link_a_folder_out(artifact: Path) -> None:
 @pytest.mark.parametrize(
     ("tamper", "complaint"),
     [
-        (flip_a_bit, "int4/model.onnx.data was changed: its sha256"),
+        (flip_a_bit, "onnx/model_q4.onnx_data was changed: its sha256"),
         (swap_two_files, r"README.md was changed: it has 5 bytes, the manifest says 6 \(and 1 more\)"),
-        (lambda a: (a / "int4/model.onnx.data").unlink(), "int4/model.onnx.data is missing"),
-        (lambda a: (a / "int4/model.onnx.data").write_text("weight"), "has 6 bytes, the manifest says 7"),
-        (lambda a: (a / "int4/sitecustomize.py").write_text(""), "int4/sitecustomize.py is not in the manifest"),
-        (link_out, "int4/model.onnx.data is a link that leads out of the folder"),
+        (lambda a: (a / "onnx/model_q4.onnx_data").unlink(), "onnx/model_q4.onnx_data is missing"),
+        (lambda a: (a / "onnx/model_q4.onnx_data").write_text("weight"), "has 6 bytes, the manifest says 7"),
+        (lambda a: (a / "onnx/sitecustomize.py").write_text(""), "onnx/sitecustomize.py is not in the manifest"),
+        (link_out, "onnx/model_q4.onnx_data is a link that leads out of the folder"),
         (link_a_folder_out, "extra is a link that leads out of the folder"),
         (lambda a: (a / "loop").symlink_to(a / "loop"), "loop is a link to no file"),
         (lambda a: os.mkfifo(a / "pipe"), "pipe is neither a file nor a folder"),
         (lambda a: (a / "/".join("abcdefghijkl")).mkdir(parents=True), "nested too deeply"),
-        (lambda a: (a / "int4" / "new\nline").write_text(""), "characters that a portable name has not"),
+        (lambda a: (a / "onnx" / "new\nline").write_text(""), "characters that a portable name has not"),
     ],
     ids=["bit", "swap", "missing", "short", "extra", "link", "folder link", "loop", "pipe", "deep", "name"],
 )
@@ -191,9 +192,9 @@ def test_a_changed_folder_is_refused_in_one_line(artifact: Path, tamper: Callabl
 
 
 def test_a_link_within_the_folder_is_the_file_it_leads_to(artifact: Path) -> None:
-    (artifact / "int8/model.onnx").unlink()
-    (artifact / "int8/model.onnx").symlink_to("../int4/model.onnx")
-    with pytest.raises(ArtifactError, match=r"int8/model\.onnx was changed"):
+    (artifact / "onnx/model_quantized.onnx").unlink()
+    (artifact / "onnx/model_quantized.onnx").symlink_to("model_q4.onnx")
+    with pytest.raises(ArtifactError, match=r"onnx/model_quantized\.onnx was changed"):
         verify_files(artifact)
     write_manifest(artifact, draft())
     verify_files(artifact)
@@ -207,7 +208,7 @@ def test_an_artifact_with_a_link_out_of_it_is_not_written(artifact: Path) -> Non
 
 def test_a_variant_without_files_is_refused(artifact: Path) -> None:
     rewrite(artifact, lambda m: m.update(variants=["int4", "int8", "fp32"]))
-    with pytest.raises(ArtifactError, match="fp32/ is a variant without files"):
+    with pytest.raises(ArtifactError, match="variant fp32 has no graph"):
         verify_files(artifact)
 
 
@@ -219,12 +220,12 @@ def test_a_variant_without_files_is_refused(artifact: Path) -> None:
     [
         ("../outside", "leads out of the folder"),
         ("/etc/passwd", "leads out of the folder"),
-        ("int4/../../outside", "leads out of the folder"),
+        ("onnx/../../outside", "leads out of the folder"),
         ("int4\\..\\..\\outside", "characters that a portable name has not"),
         ("C:/outside", "characters that a portable name has not"),
-        ("int4//model.onnx", "not in its plain form"),
+        ("onnx//model_q4.onnx", "not in its plain form"),
         ("./README.md", "not in its plain form"),
-        ("int4/", "not in its plain form"),
+        ("onnx/", "not in its plain form"),
         (".", "not in its plain form"),
         ("", "characters that a portable name has not"),
         ("a\x00b", "characters that a portable name has not"),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from distill.artifact import VARIANT_FILES, data_file, locate
 from distill.errors import EngineError
 from distill.onnx_decoding import (
     PREFILL_CHUNK,
@@ -238,22 +239,31 @@ def test_a_folder_that_is_no_variant_is_refused(tmp_path: Path) -> None:
     (tmp_path / "genai_config.json").write_text(json.dumps({"model": {}}))
     with pytest.raises(EngineError, match=r"cannot be used \(KeyError"):
         read_shape(tmp_path)
-    with pytest.raises(EngineError, match="onnxruntime-genai cannot load it"):
+    with pytest.raises(EngineError, match="give an artifact's folder"):
         GenaiDecoder(tmp_path / "nowhere", threads=1)
+
+
+def test_a_variant_that_is_not_there_names_those_that_are(exported: Callable[..., Path]) -> None:
+    with pytest.raises(EngineError, match=r"model_q4.onnx: there is no such graph; choose from fp32"):
+        OnnxDecoder(exported(), threads=1, variant="int4")
+    with pytest.raises(EngineError, match=r"no variant is called 'int5'; choose from fp32"):
+        GenaiDecoder(exported(), threads=1, variant="int5")
+    assert OnnxDecoder(exported() / VARIANT_FILES["fp32"], threads=1).graph == locate(exported(), "fp32")
 
 
 def test_a_variant_without_its_weights_is_refused(exported: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "int8"
     shutil.copytree(exported(variant="int8"), folder)
-    (folder / "model.onnx.data").unlink()
-    with pytest.raises(EngineError, match=r"model.onnx: onnxruntime cannot load it: .*model.onnx.data"):
-        OnnxDecoder(folder, threads=1)
+    (folder / "onnx" / "model_quantized.onnx_data").unlink()
+    for loader, name in ((OnnxDecoder, "onnxruntime"), (GenaiDecoder, "onnxruntime-genai")):
+        with pytest.raises(EngineError, match=f"model_quantized.onnx: {name} cannot load it: .*quantized.onnx_data"):
+            loader(folder, threads=1)
 
 
 def test_damaged_weights_do_not_become_text(exported: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "fp32"
     shutil.copytree(exported(), folder)
-    data = folder / "model.onnx.data"
+    data = data_file(folder / VARIANT_FILES["fp32"])
     data.write_bytes(np.full(data.stat().st_size // 4, np.nan, np.float32).tobytes())
     with pytest.raises(EngineError, match="logits are not finite"):
         OnnxDecoder(folder, threads=1).generate([[5, 6]], 3)
