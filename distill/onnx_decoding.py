@@ -69,17 +69,17 @@ def read_shape(folder: Path) -> Shape:
 
 
 class Cache:
-    """Keys and values of all layers: per layer and kind one array [rows, heads, capacity, head_size] in fp32.
+    """Keys and values of all layers: per layer and kind one array [rows, heads, capacity, head_size].
 
     Pages that no token reached are never touched, so memory follows the texts, not the capacity.
     """
 
-    def __init__(self, shape: Shape, rows: int, capacity: int) -> None:
+    def __init__(self, shape: Shape, rows: int, capacity: int, dtype: type[np.floating[Any]] = np.float32) -> None:
         size = (rows, shape.heads, capacity, shape.head_size)
         names = [f"{layer}.{kind}" for layer in range(shape.layers) for kind in ("key", "value")]
-        self.arrays: dict[str, NDArray[np.float32]] = {name: np.empty(size, np.float32) for name in names}
+        self.arrays: dict[str, NDArray[np.floating[Any]]] = {name: np.empty(size, dtype) for name in names}
 
-    def rows(self, first: int, last: int) -> dict[str, NDArray[np.float32]]:
+    def rows(self, first: int, last: int) -> dict[str, NDArray[np.floating[Any]]]:
         """Views of rows `first` to `last` (exclusive); what runs on them writes into the cache."""
         return {name: array[first:last] for name, array in self.arrays.items()}
 
@@ -126,6 +126,9 @@ class OnnxDecoder:
         self.cache_bytes = int(cache_gb * 2**30)
         self._runtime = _import("onnxruntime")
         self._session = self._load(threads)
+        halves = any(value.type == "tensor(float16)" for value in self._session.get_inputs())
+        self.dtype: type[np.floating[Any]] = np.float16 if halves else np.float32
+        """Of keys, values and logits inside the graph."""
 
     def _load(self, threads: int) -> Any:
         options = self._runtime.SessionOptions()
@@ -178,7 +181,7 @@ class OnnxDecoder:
         waiting = deque(self._row(place, ids, max_new_tokens, seed) for place, ids in enumerate(prompts_ids))
         capacity = max((len(row.prompt) + row.limit for row in waiting), default=0)
         places = self._places(len(waiting), capacity)
-        cache = Cache(self.shape, places, capacity)
+        cache = Cache(self.shape, places, capacity, self.dtype)
         rows: list[Row] = []
         while waiting or rows:
             while waiting and len(rows) < places:
@@ -207,7 +210,7 @@ class OnnxDecoder:
         affordable = self.cache_bytes // max(1, capacity * self.shape.bytes_a_token)
         return max(1, min(prompts, self.max_batch, affordable))
 
-    def _begin(self, row: Row, views: dict[str, NDArray[np.float32]], temperature: float, top_p: float) -> None:
+    def _begin(self, row: Row, views: dict[str, NDArray[np.floating[Any]]], temperature: float, top_p: float) -> None:
         """Prefill a prompt into its row of the cache and choose its first token."""
         while row.cached < len(row.prompt):
             ids = row.prompt[row.cached : row.cached + PREFILL_CHUNK]
@@ -236,14 +239,16 @@ class OnnxDecoder:
                 f"{len(ids)} tokens with a prefill of {n_prefill}: both must be at least 1, the prefill no longer than"
                 f" the text, the text no longer than the context of {self.shape.context}"
             )
-        views = Cache(self.shape, 1, len(ids)).rows(0, 1)
+        views = Cache(self.shape, 1, len(ids), self.dtype).rows(0, 1)
         out_TV = np.empty((len(ids), self.shape.vocabulary), np.float32)
         starts = [*range(0, n_prefill, PREFILL_CHUNK), *range(n_prefill, len(ids))]
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
             out_TV[start:end] = self._forward(np.array([ids[start:end]]), np.array([start]), views)[0]
         return out_TV
 
-    def _forward(self, ids_BT: NDArray[Any], cached_B: NDArray[Any], views: dict[str, NDArray[np.float32]]) -> Logits:
+    def _forward(
+        self, ids_BT: NDArray[Any], cached_B: NDArray[Any], views: dict[str, NDArray[np.floating[Any]]]
+    ) -> Logits:
         """Run T new tokens of each row behind its `cached_B` tokens; logits [B, T, vocabulary].
 
         Rows may have different lengths only when T is 1: the kernel reads a row's length from its mask and takes the
@@ -252,7 +257,7 @@ class OnnxDecoder:
         batch, count = ids_BT.shape
         lengths_B = cached_B + count
         mask_BS = (np.arange(lengths_B.max())[None] < lengths_B[:, None]).astype(np.int64)
-        out_BTV = np.empty((batch, count, self.shape.vocabulary), np.float32)
+        out_BTV = np.empty((batch, count, self.shape.vocabulary), self.dtype)
         binding = self._session.io_binding()
         wrap = self._runtime.OrtValue.ortvalue_from_numpy
         binding.bind_ortvalue_input("input_ids", wrap(ids_BT.astype(np.int64)))
