@@ -20,11 +20,11 @@ from distill.errors import RecipeError
 VERIFIERS = ("number", "math", "exact", "reasoning_gym", "choice", "regex", "code")
 GOLD_RULES = ("as_is", "after_hashes", "boxed", "last_number")
 ENGINE_NAMES = ("openai", "openai_batch", "vllm", "transformers", "onnx", "solver", "recorded")
-VARIANTS = ("fp32", "int8", "int4")
+VARIANTS = ("fp32", "fp16", "int8", "int4", "q4f16")
 
 GoldRule = Literal["as_is", "after_hashes", "boxed", "last_number"]
 EngineName = Literal["openai", "openai_batch", "vllm", "transformers", "onnx", "solver", "recorded"]
-Variant = Literal["fp32", "int8", "int4"]
+Variant = Literal["fp32", "fp16", "int8", "int4", "q4f16"]
 Scalar = str | int | float | bool | None
 
 
@@ -1141,31 +1141,67 @@ class Gates(Section):
 
     parity_tokens: int = Field(default=2048, gt=0)
     """Held-out tokens on which logits are compared with the torch student: those of its answers, where it has any."""
-    greedy_prompts: int = Field(default=16, gt=0)
+    decode_steps: int = Field(default=64, gt=0)
+    """Tokens fed one by one through the cache, on which logits are compared too."""
+    greedy_prompts: int = Field(default=32, gt=0)
     """Prompts whose greedy continuation in fp32 must equal torch's."""
-    greedy_tokens: int = Field(default=32, gt=0)
+    greedy_tokens: int = Field(default=64, gt=0)
     """New tokens compared for each of them."""
-    max_kl: dict[Variant, float] = {"fp32": 1e-4, "int8": 0.02, "int4": 0.1}
-    """Largest mean KL(torch || variant) in nats a token."""
-    min_top1: dict[Variant, float] = {"fp32": 0.999, "int8": 0.97, "int4": 0.90}
+    max_kl: dict[Variant, float] = {"fp32": 1e-4, "fp16": 1e-3, "int8": 0.01, "int4": 0.05, "q4f16": 0.05}
+    """Largest mean KL(torch || variant) in nats a token, over whole texts and over cached steps."""
+    min_top1: dict[Variant, float] = {"fp32": 0.999, "fp16": 0.995, "int8": 0.97, "int4": 0.90, "q4f16": 0.90}
     """Smallest share of positions where both prefer the same token."""
+    max_perplexity: dict[Variant, float] = {"fp32": 1.001, "fp16": 1.005, "int8": 1.02, "int4": 1.05, "q4f16": 1.05}
+    """Largest ratio of the variant's perplexity on the held-out tokens to the torch student's."""
     max_accuracy_drop: float = Field(default=0.05, ge=0)
     """The task gate fails when accuracy surely falls by more than this: lower 95% bound of the paired drop."""
+    min_gain_retained: float = Field(default=0.9, ge=0, le=1)
+    """Share of the student's gain over its base that a variant must keep: fails when the upper 95% bound is below."""
+
+    def of(self, name: Literal["max_kl", "min_top1", "max_perplexity"], variant: str) -> float:
+        """A variant's limit: the recipe's, else the default one."""
+        limits: dict[str, float] = {**type(self).model_fields[name].default, **getattr(self, name)}
+        return limits[variant]
+
+
+class FourBits(Section):
+    """Which of the schemes with four bits may be tried; what is not given is for the gates to decide."""
+
+    method: Literal["rtn", "k_quant", "gptq"] | None = None
+    """How weights are rounded."""
+    head_bits: Literal[4, 8] | None = None
+    """Bits of the output head and a tied embedding."""
+    calibration_tokens: int = Field(default=32_768, gt=0)
+    """Tokens of the training set (of the student's own writing where there is none) that GPTQ is calibrated on."""
 
 
 class ExportConfig(Section):
     """Conversion of the student to ONNX, its gates and its packaging."""
 
     variants: list[Variant] = Field(default=["fp32", "int8", "int4"], min_length=1)
-    """Graphs to make."""
+    """Graphs to make; the last one is what onnxruntime-genai loads by itself."""
     model: str | None = None
     """Checkpoint to export where the recipe trains none: a folder or hub id."""
     set: str = "heldout"
     """Evaluation set of the task gate."""
     gates: Gates = Gates()
     """Limits."""
+    ladder: bool = True
+    """Whether a variant that misses a gate is made again by the next better scheme; else the first one must pass."""
+    max_mb: dict[Variant, float] = {}
+    """Most megabytes (10**6 bytes) of a variant's weights: decides which schemes of its ladder there are."""
+    four_bits: FourBits = FourBits()
+    """Schemes of `int4` and `q4f16`."""
     golden_prompts: int = Field(default=4, ge=0)
     """Prompts kept in the artifact with their expected tokens, for `distill verify`."""
+
+    @model_validator(mode="after")
+    def _variants_differ(self) -> Self:
+        if twice := {variant for variant in self.variants if self.variants.count(variant) > 1}:
+            raise ValueError(f"export.variants: {twice.pop()} is there twice")
+        if unknown := sorted(set(self.max_mb) - set(self.variants)):
+            raise ValueError(f"export.max_mb: {unknown[0]} is not among export.variants ({', '.join(self.variants)})")
+        return self
 
 
 class Recipe(Section):

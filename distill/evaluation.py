@@ -21,7 +21,7 @@ from distill.plan import set_sources
 from distill.progress import progress
 from distill.records import Item, Prompt, RecordLog, Teacher, Trace, digest_json, read_records, write_json
 from distill.runs import RunOptions, Step, open_run
-from distill.statistics import Interval, accuracy, paired_difference
+from distill.statistics import Interval, accuracy, paired_difference, retained_share
 from distill.verifiers import resolve
 from distill.verifiers.pool import VerifierPool
 
@@ -227,11 +227,22 @@ def difference(first: Sequence[Item], second: Sequence[Item]) -> Interval:
 
     Raises DataError if they were not evaluated on the same problems.
     """
-    one, other = by_problem(first), by_problem(second)
-    if one.keys() != other.keys():
+    one, other = _by_same_problems(first, second)
+    return paired_difference(one, other)
+
+
+def retained(base: Sequence[Item], student: Sequence[Item], variant: Sequence[Item]) -> Interval:
+    """Share of the student's gain over its base that a variant keeps, paired by problem; raises as `difference`."""
+    before, after, later = _by_same_problems(base, student, variant)
+    return retained_share(before, after, later)
+
+
+def _by_same_problems(*evaluations: Sequence[Item]) -> list[list[float]]:
+    """Accuracy of each problem, in one order for all evaluations."""
+    groups = [by_problem(items) for items in evaluations]
+    if any(group.keys() != groups[0].keys() for group in groups):
         raise DataError("these evaluations cover different problems; evaluate both on the same set")
-    means = [[sum(samples) / len(samples) for samples in (one[key], other[key])] for key in one]
-    return paired_difference([a for a, _ in means], [b for _, b in means])
+    return [[sum(group[key]) / len(group[key]) for key in groups[0]] for group in groups]
 
 
 def _counts(values: Any) -> dict[str, int]:

@@ -129,6 +129,8 @@ class OnnxDecoder:
         halves = any(value.type == "tensor(float16)" for value in self._session.get_inputs())
         self.dtype: type[np.floating[Any]] = np.float16 if halves else np.float32
         """Of keys, values and logits inside the graph."""
+        self.providers: list[str] = list(self._session.get_providers())
+        """Execution providers that run it."""
 
     def _load(self, threads: int) -> Any:
         options = self._runtime.SessionOptions()

@@ -66,6 +66,25 @@ def paired_difference(first: Sequence[float], second: Sequence[float], seed: int
     return bootstrap_mean(np.subtract(first, second, dtype=np.float64).tolist(), seed)
 
 
+def retained_share(before: Sequence[float], after: Sequence[float], later: Sequence[float], seed: int = 0) -> Interval:
+    """Share of the gain from `before` to `after` that `later` still has, with a paired bootstrap by problem.
+
+    The ratio mean(later - before) / mean(after - before), each resample drawing the same problems for all three; those
+    without a gain count as keeping nothing. Raises ValueError as `paired_difference`.
+    """
+    if not len(before) == len(after) == len(later):
+        raise ValueError("a retained share takes the same problems three times")
+    gains = np.stack([np.subtract(after, before, dtype=np.float64), np.subtract(later, before, dtype=np.float64)])
+    if gains.shape[1] == 0:
+        raise ValueError("a mean takes at least one problem")
+    # both means must come from the same resamples, which one seed gives
+    gained, kept = (_resampled_means(row, seed) for row in gains)
+    shares = np.divide(kept, gained, out=np.zeros_like(kept), where=gained > 0)
+    low, high = np.quantile(shares, [0.025, 0.975])
+    total = float(gains[0].mean())
+    return Interval(float(gains[1].mean()) / total if total > 0 else 0.0, float(low), float(high))
+
+
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
     """Exact two-sided p-value that two models are right equally often, from the problems on which just one is right.
 

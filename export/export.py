@@ -1,34 +1,31 @@
 """The export stage: a student becomes quantized ONNX, is measured against torch and the task, and is packaged.
 
-Every variant is built aside and moved into place; parity, greedy comparison and task evaluation are kept as they are
-made, so a killed export does only what is left. The artifact is written last; a failed gate leaves it unsealed.
+Every variant climbs its ladder of schemes (`attempts`) until one passes its gates; parity and task evaluation are kept
+as they are made, so a killed export does only what is left. The artifact is written last; a failed gate leaves it
+unsealed.
 """
 
-import json
-import os
 import shutil
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from distill.artifact import graph_bytes
 from distill.config import ExportConfig, Recipe
 from distill.errors import ExportError, MissingExtraError
-from distill.evaluation import difference, evaluate, onnx_engine, read_items, set_prompts
-from distill.format import encode_prompt, render_prompt, set_template
+from distill.evaluation import difference, evaluate, load_summary, onnx_engine, read_items, retained
+from distill.format import set_template
 from distill.models import ModelSource, find_model, load_config, load_model, load_tokenizer, set_threads
 from distill.onnx_decoding import GenaiDecoder, OnnxDecoder
 from distill.plan import set_sources
-from distill.progress import say
-from distill.records import Item, Message, Prompt, write_json
+from distill.progress import progress
+from distill.records import write_json
 from distill.runs import PARTIAL, OpenRun, RunOptions, SealedRun, Step, file_digest, library_versions, open_run
 
+from .attempts import Climbing, Tried, climb, read_tried, rungs_of
 from .card import write_card
-from .gates import accuracy_gate, greedy_gate, loader_gate, not_passed, parity_gates, refuse_failures
-from .graph import build_variant, refuse_unsupported
+from .gates import accuracy_gate, gain_gate, loader_gate, not_passed, refuse_failures
+from .graph import refuse_unsupported
 from .manifest import (
     CARD_FILE,
     Draft,
@@ -39,33 +36,12 @@ from .manifest import (
     result_digest,
     write_manifest,
 )
-from .parity import compare_greedy, compare_logits, greedy_from_logits
-
-PROBES = (
-    "What is the capital of France?",
-    "Write one sentence about the sea.",
-    "If a train leaves at nine and arrives at noon, how long is the journey?",
-    "List three colours.",
-)
-"""Prompts for parity and golden tokens where the recipe brings none."""
+from .measure import TorchStudent, measure
+from .quantize import Rounded, gptq
+from .schemes import Scheme
+from .texts import Texts, calibration_texts, comparison_texts, held_out
 
 GOLDEN_TOKENS = 32
-DOCUMENT_TOKENS = 1024
-"""Longest document in the parity comparison; its logits exist in memory at once."""
-
-
-class Document(NamedTuple):
-    """A text in token ids and the positions whose predictions are compared."""
-
-    ids: list[int]
-    compared: range
-
-
-class Texts(NamedTuple):
-    """What the variants are compared on."""
-
-    documents: list[Document]
-    prompts: list[list[int]]
 
 
 def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
@@ -75,8 +51,13 @@ def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
             __import__(package)
         except ImportError as error:
             raise MissingExtraError(package.replace("_", "-"), "export") from error
-    name = _export(recipe).model or (recipe.student.init if recipe.student else "")
-    refuse_unsupported(load_config(find_model(name)), name)
+    export = _export(recipe)
+    name = export.model or (recipe.student.init if recipe.student else "")
+    config = load_config(find_model(name))
+    refuse_unsupported(config, name)
+    if not (recipe.student and recipe.student.prune):  # a pruned one is smaller: its own run says whether it fits
+        for variant in export.variants:
+            rungs_of(variant, config, export)
 
 
 def run(recipe: Recipe, step: Step, options: RunOptions) -> None:
@@ -88,16 +69,40 @@ def run(recipe: Recipe, step: Step, options: RunOptions) -> None:
         artifact = run.path("artifact")
         artifact.mkdir(exist_ok=True)
         remove_unfinished(artifact)
-        seconds: dict[str, float] = {variant: build(checkpoint, variant, run, artifact) for variant in export.variants}
-        texts = comparison_texts(recipe, step, checkpoint)
-        gates = [gate for variant in export.variants for gate in measure(variant, checkpoint, texts, export, run)]
-        summaries = evaluate_variants(recipe, step, run)
-        gates += task_gates(recipe, step, run)
+        texts = comparison_texts(recipe, export, step, checkpoint, run)
+        climbing = climbing_of(recipe, step, run, checkpoint, texts)
+        config = load_config(find_model(str(checkpoint)))
+        for variant in export.variants:
+            climb(checkpoint, config, variant, export, run, climbing)
+        tried: dict[str, list[Tried]] = {variant: read_tried(run, variant) for variant in export.variants}
+        gates = [gate for variant in export.variants for gate in tried[variant][-1].gates]
         golden, loader_gates = golden_prompts(export, artifact, texts, options)
         gates += loader_gates
         write_json(run.path("gates.json"), {"gates": [gate.model_dump(mode="json") for gate in gates]})
-        package(recipe, step, run, gates, golden, summaries, seconds)
+        package(recipe, step, run, gates, golden, tried)
         refuse_failures(gates, options.require)
+
+
+def climbing_of(recipe: Recipe, step: Step, run: OpenRun, checkpoint: Path, texts: Texts) -> Climbing:
+    """How this recipe's attempts are made and judged."""
+    export, student = _export(recipe), TorchStudent(checkpoint)
+
+    def round_weights(scheme: Scheme) -> Iterator[Mapping[str, Rounded]]:
+        documents = calibration_texts(checkpoint, step, recipe, export.four_bits.calibration_tokens, run)
+        model = load_model(ModelSource(str(checkpoint), checkpoint))
+        with progress(f"export: {scheme}", model.config.num_hidden_layers, run.options, unit="layers") as bar:
+            for matrices in gptq(model, documents, scheme):
+                yield matrices
+                bar.advance()
+
+    def parity(variant: str, folder: Path) -> list[GateEntry]:
+        return measure(folder, variant, student, texts, export.gates, run.options.cpu_threads)
+
+    def task(variant: str, folder: Path, items: Path) -> list[GateEntry]:
+        evaluate_variant(recipe, step, run, variant, folder, items)
+        return task_gates(recipe, step, variant, items)
+
+    return Climbing(round_weights, parity, task)
 
 
 def plain_checkpoint(recipe: Recipe, step: Step, run: OpenRun) -> Path:
@@ -118,32 +123,6 @@ def plain_checkpoint(recipe: Recipe, step: Step, run: OpenRun) -> Path:
     return folder
 
 
-def build(checkpoint: Path, variant: str, run: OpenRun, artifact: Path) -> float:
-    """Build one variant unless it is there; returns the seconds it took (kept for a resume)."""
-    note = run.path(f"build-{variant}.json")
-    if not note.exists():
-        built = run.work / variant
-        shutil.rmtree(built, ignore_errors=True)
-        started = time.perf_counter()
-        build_variant(checkpoint, variant, built)
-        merge(built, artifact)
-        write_json(note, {"seconds": time.perf_counter() - started})
-    seconds = float(json.loads(note.read_text())["seconds"])
-    say(f"export: {variant}: {graph_bytes(artifact, variant) / 1e6:,.1f} MB in {seconds:.0f} s")
-    return seconds
-
-
-def merge(built: Path, artifact: Path) -> None:
-    """Move a folder with one variant into the artifact, where it becomes the default one.
-
-    What the variants share comes out alike from each build and is replaced by its equal.
-    """
-    (artifact / "onnx").mkdir(exist_ok=True)
-    for source in [*(built / "onnx").iterdir(), *(path for path in built.iterdir() if path.is_file())]:
-        os.replace(source, artifact / source.relative_to(built))
-    shutil.rmtree(built)
-
-
 def remove_unfinished(artifact: Path) -> None:
     """Remove what a killed attempt left half-written, before the manifest could list it."""
     for path in artifact.glob(f"*{PARTIAL}"):
@@ -153,138 +132,37 @@ def remove_unfinished(artifact: Path) -> None:
             path.unlink()
 
 
-# --- parity ---------------------------------------------------------------------------------------------------------
-
-
-def comparison_texts(recipe: Recipe, step: Step, checkpoint: Path) -> Texts:
-    """Held-out prompts, continued by the student's own evaluated answers where there are any.
-
-    With answers, only the positions that predict them are compared: what a student would predict inside a prompt or
-    after its end token was never trained and is never used. Without, every position of the prompts is.
-    """
-    tokenizer = load_tokenizer(ModelSource(str(checkpoint), checkpoint))
-    items: Sequence[Item] = list(read_items(step.result("student").folder)) if "student" in step.upstream else []
-    if items:
-        prompts = [item.prompt for item in items]
-        answers = [list(item.trace.token_ids or ()) for item in items]
-    else:
-        prompts = _held_out(recipe, step)
-        answers = [[] for _ in prompts]
-    ids = [encode_prompt(tokenizer, render_prompt(tokenizer, p.messages, recipe.format)) for p in prompts]
-    documents = [document_of(prompt, answer) for prompt, answer in zip(ids, answers) if len(prompt) < DOCUMENT_TOKENS]
-    return Texts(_until(documents, _export(recipe).gates.parity_tokens), ids)
-
-
-def document_of(prompt: list[int], answer: list[int]) -> Document:
-    """A prompt and its answer, cut to the longest length that is compared."""
-    text = (prompt + answer)[:DOCUMENT_TOKENS]
-    return Document(text, range(len(prompt) - 1, len(text) - 1) if answer else range(len(text)))
-
-
-def _held_out(recipe: Recipe, step: Step) -> list[Prompt]:
-    if "prompts" in step.upstream and recipe.evaluate:
-        path = step.result("prompts").path("heldout.jsonl")
-        return set_prompts(recipe.evaluate, _export(recipe).set, path)
-    return [Prompt.of([Message(role="user", content=probe)]) for probe in PROBES]
-
-
-def _until(documents: Sequence[Document], tokens: int) -> list[Document]:
-    """The first documents that give so many positions to compare, or all of them."""
-    chosen: list[Document] = []
-    for document in documents:
-        if sum(len(document.compared) for document in chosen) >= tokens:
-            break
-        chosen.append(document)
-    return chosen
-
-
-def measure(variant: str, checkpoint: Path, texts: Texts, export: ExportConfig, run: OpenRun) -> list[GateEntry]:
-    """Logits against torch in fp32, and for the fp32 variant greedy tokens; kept in parity-VARIANT.json."""
-    path = run.path(f"parity-{variant}.json")
-    if path.exists():
-        return [GateEntry.model_validate(gate) for gate in json.loads(path.read_text())["gates"]]
-    torch_logits = TorchLogits(checkpoint)
-    decoder = OnnxDecoder(run.path("artifact"), run.options.cpu_threads, variant=variant)
-    parity = compare_logits(
-        (torch_logits(ids)[compared] for ids, compared in texts.documents),
-        (decoder.logits(ids)[compared] for ids, compared in texts.documents),
-    )
-    gates = parity_gates(variant, parity, export.gates)
-    if variant == "fp32":
-        gates.append(greedy_gate(variant, compare_decoding(decoder, torch_logits, texts.prompts, export)))
-    write_json(path, {"gates": [gate.model_dump(mode="json") for gate in gates], "parity": parity._asdict()})
-    say(
-        f"export: {variant}: mean KL {parity.mean_kl:.2g} nats, top-1 {parity.top1_agreement:.2%} of {parity.positions}"
-    )
-    return gates
-
-
-class TorchLogits:
-    """The torch student's teacher-forced logits in fp32: ids -> float32 [len(ids), vocabulary]."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.model = load_model(ModelSource(str(checkpoint), checkpoint))
-
-    def __call__(self, ids: Sequence[int]) -> "np.ndarray[Any, np.dtype[np.float32]]":
-        """Logits after each of the ids."""
-        import torch
-
-        with torch.inference_mode():
-            logits = self.model(input_ids=torch.tensor([list(ids)])).logits[0]
-        return np.asarray(logits.numpy(), dtype=np.float32)
-
-
-def compare_decoding(
-    decoder: OnnxDecoder, torch_logits: TorchLogits, prompts: list[list[int]], export: ExportConfig
-) -> Any:
-    """Greedy text of the variant through its cache, against what torch would have written along it."""
-    chosen = prompts[: export.gates.greedy_prompts]
-    written = decoder.generate(chosen, export.gates.greedy_tokens)
-    expected = [
-        greedy_from_logits(torch_logits([*prompt, *tokens]), len(prompt)) for prompt, tokens in zip(chosen, written)
-    ]
-    return compare_greedy([tokens for tokens, _ in expected], [margins for _, margins in expected], written)
-
-
 # --- the task -------------------------------------------------------------------------------------------------------
 
 
-def evaluate_variants(recipe: Recipe, step: Step, run: OpenRun) -> dict[str, dict[str, Any]]:
-    """Evaluate every variant on the gate's set, where the recipe has one; summaries by variant."""
+def evaluate_variant(recipe: Recipe, step: Step, run: OpenRun, variant: str, folder: Path, items: Path) -> None:
+    """Evaluate a variant on the gate's set, where the recipe has one; items and summary go to `items`."""
     if recipe.evaluate is None or "prompts" not in step.upstream:
-        return {}
+        return
     export = _export(recipe)
-    prompts = _held_out(recipe, step)
-    summaries: dict[str, dict[str, Any]] = {}
-    for variant in export.variants:
-        engine = onnx_engine(recipe, run.path("artifact"), variant, run.options)
-        folder = run.path(f"eval-{variant}")
-        folder.mkdir(exist_ok=True)
-        summaries[variant] = evaluate(
-            engine,
-            prompts,
-            recipe.evaluate,
-            variant,
-            export.set,
-            folder,
-            run.options,
-            set_sources(recipe, export.set),
-        )
-    return summaries
+    engine = onnx_engine(recipe, folder, variant, run.options)
+    sources = set_sources(recipe, export.set)
+    prompts = held_out(recipe, export, step)
+    evaluate(engine, prompts, recipe.evaluate, variant, export.set, items, run.options, sources)
 
 
-def task_gates(recipe: Recipe, step: Step, run: OpenRun) -> list[GateEntry]:
-    """The paired drop in accuracy of every variant against the torch student."""
-    export = _export(recipe)
-    limit = export.gates.max_accuracy_drop
+def task_gates(recipe: Recipe, step: Step, variant: str, items: Path) -> list[GateEntry]:
+    """The paired drop in accuracy against the torch student, and how much of its gain over the base is kept."""
+    limits = _export(recipe).gates
     if "student" not in step.upstream or not recipe.evaluate:
         why = "the recipe does not evaluate its student; add `student` to evaluate.models"
-        return [accuracy_gate(variant, None, limit, why) for variant in export.variants]
-    student = list(read_items(step.result("student").folder))
-    return [
-        accuracy_gate(variant, difference(student, list(read_items(run.path(f"eval-{variant}")))), limit)
-        for variant in export.variants
-    ]
+        return [
+            accuracy_gate(variant, None, limits.max_accuracy_drop, why),
+            gain_gate(variant, None, None, limits.min_gain_retained, why),
+        ]
+    student, found = list(read_items(step.result("student").folder)), list(read_items(items))
+    drop = accuracy_gate(variant, difference(student, found), limits.max_accuracy_drop)
+    if "base" not in step.upstream:
+        why = "the recipe does not evaluate the base; add `base` to evaluate.models"
+        return [drop, gain_gate(variant, None, None, limits.min_gain_retained, why)]
+    base = list(read_items(step.result("base").folder))
+    kept = retained(base, student, found)
+    return [drop, gain_gate(variant, difference(student, base), kept, limits.min_gain_retained)]
 
 
 # --- packaging ------------------------------------------------------------------------------------------------------
@@ -317,13 +195,17 @@ def package(
     run: OpenRun,
     gates: list[GateEntry],
     golden: list[GoldenPrompt],
-    summaries: dict[str, dict[str, Any]],
-    seconds: dict[str, float],
+    tried: Mapping[str, Sequence[Tried]],
 ) -> SealedRun | None:
     """Write the card and the manifest; seal unless a gate failed."""
     artifact = run.path("artifact")
     export = _export(recipe)
     sizes: dict[str, int] = {variant: graph_bytes(artifact, variant) for variant in export.variants}
+    summaries: dict[str, dict[str, Any]] = {
+        variant: dict(load_summary(run.path(f"eval-{variant}")))
+        for variant in export.variants
+        if recipe.evaluate is not None and "prompts" in step.upstream
+    }
     card = write_card(recipe, step, gates, summaries, sizes)
     (artifact / CARD_FILE).write_text(card, encoding="utf-8")
     timed = {"tokens", "seconds", "tokens_per_s"}
@@ -334,11 +216,14 @@ def package(
             variants=tuple(export.variants),
             origins=origins(recipe, step),
             tools=library_versions(),
-            options={"variants": list(export.variants), "gates": export.gates.model_dump(mode="json")},
+            options={
+                "variants": {variant: tried[variant][-1].scheme for variant in export.variants},
+                "gates": export.gates.model_dump(mode="json"),
+            },
             gates=tuple(gates),
             golden=tuple(golden),
             measured={
-                "build_seconds": seconds,
+                "build_seconds": {variant: tried[variant][-1].build_seconds for variant in export.variants},
                 "evaluation": {v: {k: s[k] for k in timed if k in s} for v, s in summaries.items()},
             },
         ),

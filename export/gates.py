@@ -4,6 +4,7 @@ A gate ends as passed, failed or not run; not run is never passed and always say
 limits and return entries of the manifest; nothing here loads a model.
 """
 
+import math
 from collections.abc import Sequence
 
 from distill.config import Gates
@@ -14,31 +15,71 @@ from .manifest import GateEntry, GateStatus
 from .parity import GreedyParity, Parity
 
 
+def structure_gate(variant: str, matrices: int, layers: int, providers: Sequence[str]) -> GateEntry:
+    """The graph is the one asked for and loads: `check_graph` and `check_weights` refuse any other before this."""
+    detail = f"{matrices} matrices as asked, attention fused in {layers} of {layers} layers, no zero or unused weights"
+    return GateEntry(
+        name="structure", variant=variant, status="passed", detail=f"{detail}; loads on {', '.join(providers)}"
+    )
+
+
+def provider_gate(variant: str, provider: str) -> GateEntry:
+    """A provider that this machine does not have: what was measured on the CPU says nothing of it."""
+    return GateEntry(
+        name=f"loads_on_{provider}",
+        variant=variant,
+        status="not_run",
+        detail=f"no {provider} device here; everything of this variant was measured on the CPU",
+    )
+
+
 def parity_gates(variant: str, parity: Parity, limits: Gates) -> list[GateEntry]:
-    """Mean KL and top-1 agreement with the torch student on held-out tokens."""
-    max_kl = limits.max_kl[variant]  # type: ignore[index]
-    min_top1 = limits.min_top1[variant]  # type: ignore[index]
+    """Mean KL, top-1 agreement and perplexity against the torch student on held-out tokens."""
     detail = f"max |logit difference| {parity.max_logit_difference:.4g} over {parity.positions} positions"
     return [
-        GateEntry(
-            name="mean_kl",
-            variant=variant,
-            status=_status(parity.mean_kl <= max_kl),
-            value=parity.mean_kl,
-            limit=max_kl,
-            unit="nats/token",
-            detail=detail,
-        ),
-        GateEntry(
-            name="top1_agreement",
-            variant=variant,
-            status=_status(parity.top1_agreement >= min_top1),
-            value=parity.top1_agreement,
-            limit=min_top1,
-            unit="share",
-            detail=detail,
-        ),
+        _at_most("mean_kl", variant, parity.mean_kl, limits.of("max_kl", variant), "nats/token", detail),
+        _top1("top1_agreement", variant, parity, limits),
+        _perplexity(variant, parity, limits),
     ]
+
+
+def decode_gates(variant: str, parity: Parity, limits: Gates) -> list[GateEntry]:
+    """The same of tokens that are fed one by one through the cache, as they are when a text is written."""
+    detail = f"over {parity.positions} cached steps"
+    return [
+        _at_most("decode_mean_kl", variant, parity.mean_kl, limits.of("max_kl", variant), "nats/token", detail),
+        _top1("decode_top1_agreement", variant, parity, limits),
+    ]
+
+
+def _at_most(name: str, variant: str, value: float, limit: float, unit: str, detail: str) -> GateEntry:
+    return GateEntry(
+        name=name, variant=variant, status=_status(value <= limit), value=value, limit=limit, unit=unit, detail=detail
+    )
+
+
+def _top1(name: str, variant: str, parity: Parity, limits: Gates) -> GateEntry:
+    """Near-ties are counted, not failed: either token is as good there."""
+    value, limit = parity.top1_agreement + parity.near_ties / parity.positions, limits.of("min_top1", variant)
+    detail = f"{parity.positions} positions, {parity.near_ties} of them near-ties that differ"
+    return GateEntry(
+        name=name,
+        variant=variant,
+        status=_status(value >= limit),
+        value=value,
+        limit=limit,
+        unit="share",
+        detail=detail,
+    )
+
+
+def _perplexity(variant: str, parity: Parity, limits: Gates) -> GateEntry:
+    limit = limits.of("max_perplexity", variant)
+    if math.isnan(parity.perplexity_ratio):
+        why = "the held-out texts have no tokens that follow what is compared"
+        return GateEntry(name="perplexity_ratio", variant=variant, status="not_run", limit=limit, detail=why)
+    detail = f"the torch student's perplexity is {parity.perplexity:.4g}"
+    return _at_most("perplexity_ratio", variant, parity.perplexity_ratio, limit, "of the student's", detail)
 
 
 def greedy_gate(variant: str, found: GreedyParity) -> GateEntry:
@@ -75,6 +116,21 @@ def accuracy_gate(variant: str, drop: Interval | None, limit: float, why_not: st
     )
 
 
+def gain_gate(variant: str, gain: Interval | None, kept: Interval | None, limit: float, why_not: str = "") -> GateEntry:
+    """How much of what distillation gave survived; not gated where the gain itself is not sure to be one."""
+    entry = GateEntry(name="gain_retained", variant=variant, status="not_run", limit=limit, detail=why_not)
+    if gain is None or kept is None:
+        return entry
+    detail = f"base to student {gain.value:+.1%} [{gain.low:+.1%}, {gain.high:+.1%}]"
+    if gain.low <= 0:
+        return entry.model_copy(update={"detail": f"{detail}: no gain that is sure, so none to keep"})
+    detail += f"; of it {variant} keeps {kept.value:.1%} [{kept.low:.1%}, {kept.high:.1%}]"
+    if kept.low < limit <= kept.high:
+        detail += "; too few problems to prove that enough is kept"
+    update = {"status": _status(kept.high >= limit), "value": kept.value, "unit": "share of the gain", "detail": detail}
+    return entry.model_copy(update=update)
+
+
 def loader_gate(variant: str, same: int, prompts: int) -> GateEntry:
     """onnxruntime-genai, loading the folder unmodified, writes the tokens that evaluation measured."""
     return GateEntry(
@@ -98,7 +154,7 @@ def refuse_failures(gates: Sequence[GateEntry], require: bool) -> None:
     if bad := not_passed(gates, require):
         shown = "; ".join(
             f"{gate.variant} {gate.name} {'was not run' if gate.value is None else f'is {gate.value:.4g}'}"
-            f" (limit {gate.limit:.4g}): {gate.detail}"
+            f"{'' if gate.limit is None else f' (limit {gate.limit:.4g})'}: {gate.detail}"
             for gate in bad
         )
         raise GateError(f"{len(bad)} gate(s) failed: {shown}; see gates.json, or change export.gates on purpose")

@@ -15,8 +15,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,9 @@ from distill.errors import ExportError, MissingExtraError
 from distill.models import find_model, load_config, load_tokenizer
 from distill.records import write_json
 from distill.runs import PARTIAL, library_versions
+
+from .quantize import Rounded, write_weights
+from .schemes import VARIANTS, Matrix, Scheme, Weight, expected_matrices
 
 BUILDER_GRAPH = "model.onnx"
 GENERATION_FILE = "generation_config.json"
@@ -49,53 +51,19 @@ ROPE_TYPES = {"llama": ("default", "llama3"), "qwen2": ("default",), "qwen3": ("
 """Rotary scalings that the builder really carries over, by family; it drops others without a word."""
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """How the weights of a variant are stored. Matrices only: norms, biases and rotary tables stay fp32."""
-
-    body_bits: int = 32
-    """Bits of the decoder layers' matrices; 32 keeps them fp32."""
-    head_bits: int = 32
-    """Bits of the output head, and of the embedding where the two are tied."""
-    block_size: int = 32
-    """Weights that share one scale."""
-    symmetric: bool = True
-    """Whether blocks have no zero point of their own."""
-    accuracy_level: int = 4
-    """MatMulNBits: 4 also rounds activations to int8, which is what makes it fast; 0 keeps them fp32."""
-
-    @property
-    def quantized(self) -> bool:
-        """Whether any matrix is stored in fewer than 32 bits."""
-        return self.body_bits < 32
-
-
-VARIANTS: dict[str, Scheme] = {
-    "fp32": Scheme(),
-    "int8": Scheme(body_bits=8, head_bits=8),
-    # An int4 head costs a 135M model more than the 14 MB it saves are worth: every token is chosen by it.
-    "int4": Scheme(body_bits=4, head_bits=8, symmetric=False),
-}
-
-
-class Matrix(NamedTuple):
-    """One weight matrix as the graph computes with it."""
-
-    name: str
-    """Node name without the quantizer's suffix: `/model/layers.0/attn/o_proj/MatMul`."""
-    bits: int
-    rows: int
-    """K: inputs."""
-    columns: int
-    """N: outputs."""
-
-
-def build_variant(checkpoint: Path, variant: str, folder: Path) -> None:
+def build_variant(
+    checkpoint: Path,
+    variant: str,
+    folder: Path,
+    scheme: Scheme | None = None,
+    rounded: Iterable[Mapping[str, Rounded]] = (),
+) -> None:
     """Export a transformers checkpoint as an artifact's folder with this one variant.
 
     The checkpoint is a Llama, Qwen2 or Qwen3 with its tokenizer, in fp32 or bf16 safetensors. `folder` gets the graph
     with its external data below onnx/ (`VARIANT_FILES`), genai_config.json, config.json, generation_config.json and the
     tokenizer's files; it appears complete or not at all (a build in progress lies in `folder.part`). Needs no network.
+    `scheme` is the variant's first one unless given; `rounded` are matrices by node name that replace the builder's.
     Raises ExportError if the variant or the model is not supported, the checkpoint's files disagree on the end
     tokens, or the graph that came out is not the one asked for; ModelError if the checkpoint cannot be read.
     """
@@ -103,7 +71,7 @@ def build_variant(checkpoint: Path, variant: str, folder: Path) -> None:
         raise ExportError(f"variant {variant!r} is not known; choose from {', '.join(VARIANTS)}")
     if folder.exists() and any(folder.iterdir()):
         raise ExportError(f"{folder}: is there already; remove it to build {variant} again")
-    scheme = VARIANTS[variant]
+    scheme = scheme or VARIANTS[variant]
     source = find_model(str(checkpoint))
     config = load_config(source)
     refuse_unsupported(config, str(checkpoint))
@@ -112,6 +80,8 @@ def build_variant(checkpoint: Path, variant: str, folder: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     run_builder(checkpoint, config, scheme, part)
     check_graph(part / BUILDER_GRAPH, config, scheme)
+    for matrices in rounded:
+        write_weights(part / BUILDER_GRAPH, part / f"{BUILDER_GRAPH}.data", matrices)
     place_graph(part, VARIANT_FILES[variant])
     take_over_files(checkpoint, part, config)
     write_runtime_config(part, config, end_ids, VARIANT_FILES[variant])
@@ -143,11 +113,13 @@ def run_builder(checkpoint: Path, config: Any, scheme: Scheme, folder: Path) -> 
     """
     builder = _import_builder()
     precision, target = (
-        ("int4", {"quant_config": _quantization(config, scheme)}) if scheme.quantized else ("fp32", None)
+        ("int4", {"quant_config": _quantization(config, scheme)}) if scheme.quantized else (str(scheme), None)
     )
+    # The builder fuses attention in fp16 for GPUs only; the graph is the same for all of them, and runs on a CPU too.
+    provider = "webgpu" if scheme.half else "cpu"
     log = io.StringIO()
     with tempfile.TemporaryDirectory() as cache, _quietly(log):
-        fixed = (None, str(checkpoint), str(folder), precision, "cpu", cache)
+        fixed = (None, str(checkpoint), str(folder), precision, provider, cache)
         try:
             options = builder.parse_extra_options(*fixed, ["hf_token=false"], target_options=target)
             builder.create_model(*fixed, **options)
@@ -199,19 +171,23 @@ def _quantization(config: Any, scheme: Scheme) -> dict[str, Any]:
     The base type is always 4 bits, with matrices of more bits named one by one: only then does the builder let a
     tied embedding share the head's quantized table (its own int8 keeps a second, fp32 copy of it).
     """
-    wide = dict.fromkeys(_body_names(config), scheme.body_bits) | {"/lm_head/MatMul": scheme.head_bits}
-    overrides = [{"match": {"name": name}, "type": f"int{bits}"} for name, bits in wide.items() if bits != 4]
+    overrides = [
+        {"match": {"name": matrix.name}, "type": f"int{matrix.bits}"}
+        for matrix in expected_matrices(config, scheme)
+        if matrix.bits != 4
+    ]
     weights = {
         "type": "int4" if scheme.symmetric else "uint4",
         "symmetric": scheme.symmetric,
         "block_size": scheme.block_size,
         "accuracy_level": scheme.accuracy_level,
-        "method": "rtn",
+        # GPTQ's matrices are written over what the builder rounds.
+        "method": "rtn" if scheme.method == "rtn" else "k_quant",
         # Gather is the embedding. Untied, it stays fp32: the quantizer knows no 8-bit rows of its own.
         "op_types": ["MatMul", "Gather"] if config.tie_word_embeddings else ["MatMul"],
         "overrides": overrides,
     }
-    return {"io_dtype": "fp32", "weights": weights}
+    return {"io_dtype": "fp16" if scheme.half else "fp32", "weights": weights}
 
 
 @contextlib.contextmanager
@@ -229,30 +205,6 @@ def _quietly(log: io.StringIO) -> Iterator[None]:
 
 
 # --- what came out ----------------------------------------------------------------------------------------------------
-
-
-def _body_names(config: Any) -> list[str]:
-    return [
-        f"/model/layers.{layer}/{part}/MatMul"
-        for layer in range(config.num_hidden_layers)
-        for part in ("attn/qkv_proj", "attn/o_proj", "mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
-    ]
-
-
-def expected_matrices(config: Any, scheme: Scheme) -> list[Matrix]:
-    """Every matrix a graph of this model must have under a scheme: query, key and value are one."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    shapes = {
-        "qkv_proj": (hidden, queries + 2 * keys),
-        "o_proj": (queries, hidden),
-        "gate_proj": (hidden, inner),
-        "up_proj": (hidden, inner),
-        "down_proj": (inner, hidden),
-    }
-    body = [Matrix(name, scheme.body_bits, *shapes[name.split("/")[-2]]) for name in _body_names(config)]
-    return [*body, Matrix("/lm_head/MatMul", scheme.head_bits, hidden, config.vocab_size)]
 
 
 def check_graph(path: Path, config: Any, scheme: Scheme) -> None:
@@ -286,7 +238,7 @@ def _matrix(node: Any, scheme: Scheme) -> Matrix:
     name = node.name
     if node.op_type == "MatMul":
         rows, columns = node.inputs[1].shape
-        return Matrix(name, 32, int(rows), int(columns))
+        return Matrix(name, 8 * node.inputs[1].dtype.itemsize, int(rows), int(columns))
     if node.op_type != "MatMulNBits":
         raise ExportError(f"{name}: is a {node.op_type}; expected MatMul or MatMulNBits")
     for key, wanted in (("block_size", scheme.block_size), ("accuracy_level", scheme.accuracy_level)):
@@ -336,8 +288,9 @@ def _check_embedding(gathers: list[Any], config: Any, scheme: Scheme) -> None:
     found = [node for node in gathers if node.name.startswith("/model/embed_tokens/")]
     if len(found) != 1:
         raise ExportError(f"{len(found)} embedding lookups in the graph; expected one")
-    bits = _integer(found[0], "bits") if found[0].op_type == "GatherBlockQuantized" else 32
-    wanted = scheme.head_bits if config.tie_word_embeddings else 32
+    plain = 8 * scheme.float_bytes
+    bits = _integer(found[0], "bits") if found[0].op_type == "GatherBlockQuantized" else plain
+    wanted = scheme.head_bits if config.tie_word_embeddings else plain
     if bits != wanted:
         raise ExportError(f"{found[0].name}: the embedding has {bits} bits, expected {wanted}")
     if not config.tie_word_embeddings:
@@ -405,10 +358,11 @@ def write_runtime_config(folder: Path, config: Any, end_ids: list[int], file: st
     """Make genai_config.json agree with the checkpoint: same end ids, greedy by default, a bounded length; and name
     the graph that onnxruntime-genai loads.
 
-    Threads are left out on purpose: they belong to the machine that loads the artifact.
+    Threads and providers are left out on purpose: they belong to the machine that loads the artifact.
     """
     settings = _read_json(folder / GENAI_CONFIG)
     settings["model"]["decoder"]["filename"] = file
+    settings["model"]["decoder"]["session_options"]["provider_options"] = []
     settings["model"]["eos_token_id"] = end_ids if len(end_ids) > 1 else end_ids[0]
     settings["search"] |= {
         "do_sample": False,
@@ -423,18 +377,49 @@ def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def weight_bytes(path: Path) -> Mapping[str, int]:
-    """Bytes of a graph's weights: `head` (with a tied embedding), `embedding`, `body`, `rest` (norms, rotary)."""
+class Checked(NamedTuple):
+    """What a graph has."""
+
+    matrices: int
+    """Products with a weight."""
+    layers: int
+    """Fused attentions."""
+
+
+def check_weights(path: Path) -> Checked:
+    """Raise ExportError if a weight of the graph is zero throughout; what the graph has otherwise.
+
+    A matrix in few bits is zero where its scales are.
+    """
     import onnx_ir
 
-    sizes = {"head": 0, "embedding": 0, "body": 0, "rest": 0}
+    graph = onnx_ir.load(path).graph
+    nodes = list(graph)
+    products = [node for node in nodes if _is_weight_product(node)]
+    for node in products:
+        values = node.inputs[1] if node.op_type == "MatMul" else node.inputs[2]
+        if not values.const_value.numpy().any():
+            raise ExportError(f"{path}: {node.name}: its weights are all zero")
+    for name, value in graph.initializers.items():
+        if name.endswith("layernorm.weight") and not value.const_value.numpy().any():
+            raise ExportError(f"{path}: {name}: is all zero")
+    return Checked(len(products), sum(node.op_type == "GroupQueryAttention" for node in nodes))
+
+
+def weight_bytes(path: Path) -> Weight:
+    """Bytes of a graph's weights by part, as the file has them."""
+    import onnx_ir
+
+    sizes = dict.fromkeys(Weight._fields, 0)
     for name, value in onnx_ir.load(path).graph.initializers.items():
         if value.const_value is not None:
             sizes[_part_of(name)] += value.const_value.nbytes
-    return sizes
+    return Weight(**sizes)
 
 
 def _part_of(name: str) -> str:
+    if name.endswith(("_scale", "_zp")):
+        return "scales"
     if name.startswith("lm_head."):
         return "head"
     if name.startswith("model.embed_tokens."):

@@ -4,8 +4,8 @@ Nothing here loads a model. Logits come in as float32 arrays [positions, vocabul
 float64. What is good enough is the gates' business.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,17 +29,31 @@ class Parity(NamedTuple):
     top1_agreement: float
     """Share of positions where both prefer the same token."""
     positions: int
+    near_ties: int
+    """Positions that prefer another token where the reference's two best logits are closer than `NEAR_TIE`."""
+    perplexity: float
+    """The reference's, exp of its mean negative log-likelihood of the tokens that follow; nan where none is given."""
+    perplexity_ratio: float
+    """The candidate's perplexity over the reference's; nan where no following tokens are given."""
 
 
-def compare_logits(reference: Iterable[NDArray[np.float32]], candidate: Iterable[NDArray[np.float32]]) -> Parity:
+Following = Iterable[Sequence[int]]
+
+
+def compare_logits(
+    reference: Iterable[NDArray[np.float32]], candidate: Iterable[NDArray[np.float32]], following: Following = ()
+) -> Parity:
     """Compare the logits of documents, given pairwise in the same order; both iterables are read one at a time.
 
     With p = softmax(reference[t]) and q = softmax(candidate[t]), KL_t = sum_v p_v (log p_v - log q_v). Every position
-    counts once, whatever its document. Raises ValueError if there is nothing to compare, the numbers of documents
-    differ or a pair's shapes do; ExportError if a logit is not finite.
+    counts once, whatever its document. `following` are the tokens that really follow a document's positions, as many
+    as there are. Raises ValueError if there is nothing to compare, the numbers of documents differ or a pair's shapes
+    do; ExportError if a logit is not finite.
     """
-    largest, kl_sum, agreed, positions = 0.0, 0.0, 0, 0
-    for document, (expected_TV, found_TV) in enumerate(zip(reference, candidate, strict=True)):
+    largest, kl_sum, agreed, near_ties, positions = 0.0, 0.0, 0, 0, 0
+    losses: list[NDArray[np.float64]] = []
+    pairs = zip(reference, candidate, strict=True)
+    for document, ((expected_TV, found_TV), next_T) in enumerate(_with_following(pairs, following)):
         if expected_TV.shape != found_TV.shape:
             raise ValueError(f"document {document}: shapes {expected_TV.shape} and {found_TV.shape} differ")
         for start in range(0, len(expected_TV), ROWS_AT_ONCE):
@@ -48,11 +62,46 @@ def compare_logits(reference: Iterable[NDArray[np.float32]], candidate: Iterable
             _require_finite(document, start, p_TV, q_TV)
             largest = max(largest, float(np.abs(p_TV - q_TV).max()))
             kl_sum += float(kl_divergence(p_TV, q_TV).sum())
-            agreed += int((p_TV.argmax(-1) == q_TV.argmax(-1)).sum())
+            same_T = p_TV.argmax(-1) == q_TV.argmax(-1)
+            agreed += int(same_T.sum())
+            near_ties += int((~same_T & (margins(p_TV) < NEAR_TIE)).sum())
+            losses.append(_losses(p_TV, q_TV, next_T[rows]))
         positions += len(expected_TV)
     if not positions:
         raise ValueError("no positions to compare: give at least one document of one token")
-    return Parity(largest, kl_sum / positions, agreed / positions, positions)
+    perplexity, ratio = _perplexities(np.concatenate(losses))
+    return Parity(largest, kl_sum / positions, agreed / positions, positions, near_ties, perplexity, ratio)
+
+
+def _with_following(
+    pairs: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]], following: Following
+) -> Iterator[tuple[tuple[NDArray[np.float32], NDArray[np.float32]], Sequence[int]]]:
+    """Every pair with its following tokens; none of them where there are no more."""
+    tokens = iter(following)
+    for pair in pairs:
+        yield pair, next(tokens, ())
+
+
+def margins(logits_TV: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """The best logit minus the second best of each row."""
+    best_T2 = np.partition(logits_TV, -2, axis=-1)[:, -2:].astype(np.float64)
+    return np.asarray(best_T2[:, 1] - best_T2[:, 0])
+
+
+def _losses(
+    reference_TV: NDArray[np.float64], candidate_TV: NDArray[np.float64], next_T: Sequence[int]
+) -> NDArray[np.float64]:
+    """Negative log-likelihoods of the tokens that follow, by reference and candidate; [tokens, 2]."""
+    rows = np.arange(len(next_T))
+    columns = [-log_softmax(side[: len(rows)])[rows, list(next_T)] for side in (reference_TV, candidate_TV)]
+    return np.stack(columns, -1) if len(rows) else np.empty((0, 2))
+
+
+def _perplexities(losses_T2: NDArray[np.float64]) -> tuple[float, float]:
+    if not len(losses_T2):
+        return float("nan"), float("nan")
+    reference, candidate = losses_T2.mean(0)
+    return float(np.exp(reference)), float(np.exp(candidate - reference))
 
 
 def _require_finite(
@@ -164,6 +213,4 @@ def greedy_from_logits(logits_TV: NDArray[np.float32], n_prompt: int) -> tuple[l
     of one forward pass instead of n_text steps.
     """
     rows_TV = logits_TV[n_prompt - 1 : -1]
-    tokens = rows_TV.argmax(-1)
-    best_T2 = np.partition(rows_TV, -2, axis=-1)[:, -2:].astype(np.float64)
-    return tokens.tolist(), (best_T2[:, 1] - best_T2[:, 0]).tolist()
+    return rows_TV.argmax(-1).tolist(), margins(rows_TV).tolist()

@@ -14,6 +14,7 @@ from distill.statistics import (
     accuracy,
     bootstrap_mean,
     paired_difference,
+    retained_share,
     wilson,
 )
 
@@ -134,3 +135,20 @@ def test_a_report_made_twice_says_the_same_and_every_resample_counts(problems: i
 
 def test_an_interval_reads_as_percentages() -> None:
     assert str(Interval(0.5, 0.25, 0.755)) == "50.0% [25.0%, 75.5%]"
+
+
+def test_a_retained_share_is_the_later_gain_over_the_first() -> None:
+    before, after, later = [0.0] * 8, [1.0] * 6 + [0.0] * 2, [1.0] * 3 + [0.0] * 5
+    found = retained_share(before, after, later)
+    assert found.value == 0.5 and found.low < 0.5 < found.high <= 1.0
+    assert retained_share(before, after, after) == (1.0, 1.0, 1.0)
+    assert retained_share(after, before, later).value == 0.0  # no gain, nothing to keep
+    with pytest.raises(ValueError, match="the same problems three times"):
+        retained_share([0.0], [1.0, 1.0], [1.0])
+
+
+def test_a_retained_share_pairs_its_resamples_by_problem() -> None:
+    """Where every problem's gain is kept to the same half, no resample can say anything but a half."""
+    gains = [float(k % 5) for k in range(40)]
+    found = retained_share([0.0] * 40, gains, [gain / 2 for gain in gains])
+    assert found == pytest.approx((0.5, 0.5, 0.5))

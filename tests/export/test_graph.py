@@ -15,14 +15,13 @@ from distill.artifact import VARIANT_FILES, data_file
 from distill.errors import ExportError
 from distill.export.graph import (
     CHECKPOINT_FILES,
-    VARIANTS,
     build_variant,
     check_graph,
     end_token_ids,
-    expected_matrices,
     refuse_unsupported,
     weight_bytes,
 )
+from distill.export.schemes import VARIANTS, expected_matrices, predicted_bytes
 from distill.models import find_model, load_config
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -66,18 +65,32 @@ def test_weights_take_the_bytes_that_their_bits_say(exported: Callable[..., Path
     hidden, inner, vocabulary, layers = 64, 128, 512, 2
     body = layers * (hidden * 128 + 64 * hidden + 3 * hidden * inner)  # qkv is 64 + 32 + 32 wide
     head = hidden * vocabulary
-    assert weight_bytes(graph(exported(variant="fp32"), "fp32"))["body"] == 4 * body
-    assert weight_bytes(graph(exported(variant="fp32"), "fp32"))["head"] == 4 * head
+    found = {variant: weight_bytes(graph(exported(variant=variant), variant)) for variant in VARIANTS}
+    assert (found["fp32"].body, found["fp32"].head, found["fp32"].scales) == (4 * body, 4 * head, 0)
+    assert (found["fp16"].body, found["fp16"].head, found["fp16"].scales) == (2 * body, 2 * head, 0)
     # a block of 32 weights has one fp32 scale; int4 also has a zero point of as many bits as a weight
-    assert weight_bytes(graph(exported(variant="int8"), "int8"))["body"] == body + 4 * body // 32
-    assert weight_bytes(graph(exported(variant="int4"), "int4"))["body"] == body // 2 + 4 * body // 32 + body // 64
-    assert weight_bytes(graph(exported(variant="int4"), "int4"))["head"] == head + 4 * head // 32 + head // 32
+    assert (found["int8"].body, found["int8"].head) == (body, head)
+    assert found["int8"].scales == 4 * (body + head) // 32
+    assert (found["int4"].body, found["int4"].head) == (body // 2, head // 2)
+    assert found["int4"].scales == 4 * (body + head) // 32 + (body + head) // 64
+    assert found["q4f16"].scales == 2 * (body + head) // 32 + (body + head) // 64
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_are_known_before_anything_is_built(
+    exported: Callable[..., Path], student: Callable[..., Path], family: str, tied: bool, variant: str
+) -> None:
+    folder = exported(family, variant, tied=tied)
+    predicted = predicted_bytes(config_of(student(family, tied=tied)), VARIANTS[variant])
+    assert predicted == weight_bytes(graph(folder, variant))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_tied_embedding_is_stored_once(exported: Callable[..., Path], variant: str) -> None:
-    assert weight_bytes(graph(exported(variant=variant), variant))["embedding"] == 0
-    assert weight_bytes(graph(exported(variant=variant, tied=False), variant))["embedding"] > 0
+    assert weight_bytes(graph(exported(variant=variant), variant)).embedding == 0
+    assert weight_bytes(graph(exported(variant=variant, tied=False), variant)).embedding > 0
 
 
 def test_building_twice_gives_the_same_bytes(student: Callable[..., Path], tmp_path: Path) -> None:
@@ -153,9 +166,10 @@ INT4 = VARIANTS["int4"]
         (VARIANTS["fp32"], "asked for|expected 64x128 in 32 bits"),
         (dataclasses.replace(INT4, block_size=64), "block_size 32, asked for 64"),
         (dataclasses.replace(INT4, accuracy_level=0), "accuracy_level 4, asked for 0"),
-        (dataclasses.replace(INT4, head_bits=4), "/lm_head/MatMul: came out as 64x512 in 8 bits, expected"),
+        (dataclasses.replace(INT4, head_bits=8), "/lm_head/MatMul: came out as 64x512 in 4 bits, expected"),
+        (dataclasses.replace(INT4, wide_layers=(1,)), "layers.1/attn/qkv_proj/MatMul: came out as .* in 4 bits"),
     ],
-    ids=["bits", "not quantized", "block size", "accuracy", "head"],
+    ids=["bits", "not quantized", "block size", "accuracy", "head", "layer"],
 )
 def test_a_graph_quantized_otherwise_than_asked_is_refused(
     exported: Callable[..., Path], student: Callable[..., Path], scheme: Any, complaint: str
@@ -170,7 +184,7 @@ def test_a_graph_quantized_otherwise_than_asked_is_refused(
         ({"num_hidden_layers": 3}, "attention is fused in 2 of 3|is missing from the graph"),
         ({"num_hidden_layers": 1}, "expected nothing of that name"),
         ({"vocab_size": 500}, "lm_head.* expected 64x500"),
-        ({"tie_word_embeddings": False}, "embedding has 8 bits, expected 32"),
+        ({"tie_word_embeddings": False}, "embedding has 4 bits, expected 32"),
     ],
     ids=["layers lost", "layers more", "shape", "shared table"],
 )
@@ -226,7 +240,7 @@ def test_a_weight_that_no_node_reads_is_refused(
 
 
 def test_an_unknown_variant_names_the_known_ones(student: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="'int5' is not known; choose from fp32, int8, int4"):
+    with pytest.raises(ExportError, match="'int5' is not known; choose from fp32, fp16, int8, int4, q4f16"):
         build_variant(student(), "int5", tmp_path / "out")
 
 
@@ -293,7 +307,7 @@ def test_expected_matrices_follow_the_models_own_head_size(student: Callable[...
     found = {matrix.name: matrix for matrix in expected_matrices(config, INT4)}
     assert found["/model/layers.1/attn/qkv_proj/MatMul"][2:] == (64, (4 + 2 + 2) * 32)
     assert found["/model/layers.0/attn/o_proj/MatMul"][2:] == (4 * 32, 64)
-    assert found["/lm_head/MatMul"] == ("/lm_head/MatMul", 8, 64, 512)
+    assert found["/lm_head/MatMul"] == ("/lm_head/MatMul", 4, 64, 512)
     assert len(found) == 2 * 5 + 1
 
 

@@ -52,6 +52,25 @@ def test_positions_count_once_whatever_their_document() -> None:
     assert found.mean_kl == pytest.approx(0.4 * math.log(7 / 3) / 4, rel=1e-6)
 
 
+def test_perplexity_is_of_the_tokens_that_follow() -> None:
+    reference, candidate = (
+        np.concatenate([log(0.5, 0.5), log(0.8, 0.2)]),
+        np.concatenate([log(0.25, 0.75), log(0.4, 0.6)]),
+    )
+    found = compare_logits([reference], [candidate], [[0, 0]])
+    assert found.perplexity == pytest.approx((0.5 * 0.8) ** -0.5)
+    assert found.perplexity_ratio == pytest.approx(((0.5 * 0.8) / (0.25 * 0.4)) ** 0.5)
+    # the last position of a text has no token that follows
+    assert compare_logits([reference], [candidate], [[0]]).perplexity == pytest.approx(2.0)
+    assert math.isnan(compare_logits([reference], [candidate]).perplexity_ratio)
+
+
+def test_a_near_tie_that_differs_is_counted() -> None:
+    reference = np.array([[1.0, 1.0 - NEAR_TIE / 2], [1.0, 1.0 - 2 * NEAR_TIE]], np.float32)
+    found = compare_logits([reference], [reference[:, ::-1]])
+    assert found.top1_agreement == 0 and found.near_ties == 1
+
+
 def test_every_part_of_a_long_document_is_compared() -> None:
     reference = np.zeros((2 * ROWS_AT_ONCE + 5, 4), np.float32)
     candidate = reference.copy()

@@ -1,0 +1,107 @@
+"""Hold one built variant against the torch student: logits over whole texts, cached steps, greedy text.
+
+Everything runs on the CPU provider; what needs another device is a gate that was not run.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.artifact import locate
+from distill.config import Gates
+from distill.models import ModelSource, load_model
+from distill.onnx_decoding import OnnxDecoder
+from distill.progress import say
+
+from .gates import decode_gates, greedy_gate, parity_gates, provider_gate, structure_gate
+from .graph import check_weights
+from .manifest import GateEntry
+from .parity import Parity, compare_greedy, compare_logits, greedy_from_logits
+from .texts import Text, Texts
+
+DECODED_TEXTS = 4
+"""Texts whose last tokens are fed one by one through the cache."""
+PROVIDERS = {"fp16": ("cuda", "webgpu"), "q4f16": ("webgpu",)}
+"""Where a variant is meant to run besides the CPU."""
+
+Logits = NDArray[np.float32]
+
+
+class TorchStudent:
+    """The torch student's teacher-forced logits in fp32; loaded when they are first asked for."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.source = ModelSource(str(checkpoint), checkpoint)
+
+    @cached_property
+    def model(self) -> Any:
+        """The loaded model."""
+        return load_model(self.source)
+
+    def logits(self, ids: Sequence[int]) -> Logits:
+        """Logits after each of the ids; float32 [len(ids), vocabulary]."""
+        import torch
+
+        with torch.inference_mode():
+            logits = self.model(input_ids=torch.tensor([list(ids)])).logits[0]
+        return np.asarray(logits.float().numpy(), dtype=np.float32)
+
+
+def measure(
+    artifact: Path, variant: str, student: TorchStudent, texts: Texts, limits: Gates, threads: int
+) -> list[GateEntry]:
+    """Structure, parity on whole texts and on cached steps, and for fp32 greedy text, as gates.
+
+    Raises ExportError for weights that are zero or logits that are not finite, EngineError for a graph that does not
+    load.
+    """
+    graph = locate(artifact, variant)
+    found = check_weights(graph.path)
+    decoder = OnnxDecoder(artifact, threads, variant=variant)
+    parity = compare_logits(
+        (student.logits(text.ids)[text.compared] for text in texts.documents),
+        (decoder.logits(text.ids)[text.compared] for text in texts.documents),
+        (text.following for text in texts.documents),
+    )
+    gates = [structure_gate(variant, found.matrices, found.layers, decoder.providers)]
+    gates += [provider_gate(variant, provider) for provider in PROVIDERS.get(variant, ())]
+    gates += parity_gates(variant, parity, limits)
+    gates += decode_gates(variant, compare_steps(decoder, student, texts.documents, limits.decode_steps), limits)
+    if variant == "fp32":
+        gates.append(greedy_gate(variant, compare_decoding(decoder, student, texts.prompts, limits)))
+    say(
+        f"export: {variant}: mean KL {parity.mean_kl:.2g} nats, top-1 {parity.top1_agreement:.2%} of"
+        f" {parity.positions}, perplexity {parity.perplexity_ratio:.4f} of the student's"
+    )
+    return gates
+
+
+def compare_steps(decoder: OnnxDecoder, student: TorchStudent, texts: Sequence[Text], steps: int) -> Parity:
+    """Compare the last `steps` positions of a few texts, their tokens fed one by one through the variant's cache."""
+    chosen = sorted(texts, key=lambda text: -len(text.ids))[:DECODED_TEXTS]
+    starts = [max(1, len(text.ids) - steps) for text in chosen]
+    return compare_logits(
+        (student.logits(text.ids)[start - 1 :] for text, start in zip(chosen, starts, strict=True)),
+        (_cached(decoder, chosen, starts)),
+        (text.ids[start:] for text, start in zip(chosen, starts, strict=True)),
+    )
+
+
+def _cached(decoder: OnnxDecoder, texts: Sequence[Text], starts: Sequence[int]) -> Iterator[Logits]:
+    for text, start in zip(texts, starts, strict=True):
+        yield decoder.cached_decode_logits(text.ids, start)[start - 1 :]
+
+
+def compare_decoding(decoder: OnnxDecoder, student: TorchStudent, prompts: Sequence[list[int]], limits: Gates) -> Any:
+    """Greedy text of the variant through its cache, against what torch would have written along it."""
+    chosen = list(prompts[: limits.greedy_prompts])
+    written = decoder.generate(chosen, limits.greedy_tokens)
+    expected = [
+        greedy_from_logits(student.logits([*prompt, *tokens]), len(prompt))
+        for prompt, tokens in zip(chosen, written, strict=True)
+    ]
+    return compare_greedy([tokens for tokens, _ in expected], [margins for _, margins in expected], written)

@@ -1,0 +1,123 @@
+"""The first scheme that passes its gates ships, others before it are kept, and a kill costs no finished attempt."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.artifact import VARIANT_FILES, variants_in
+from distill.config import ExportConfig
+from distill.export.attempts import Climbing, climb, read_tried
+from distill.export.manifest import GateEntry
+from distill.export.quantize import Rounded
+from distill.export.schemes import Scheme
+from distill.models import find_model, load_config
+from distill.runs import OpenRun, RunOptions, Step
+
+
+class Judge:
+    """Passes attempts from the `passing`-th on, and counts what it was asked."""
+
+    def __init__(self, passing: int) -> None:
+        self.passing, self.judged, self.rounded = passing, 0, 0
+
+    def parity(self, variant: str, folder: Path) -> list[GateEntry]:
+        assert variants_in(folder) == [variant]
+        self.judged += 1
+        status = "passed" if self.judged >= self.passing else "failed"
+        return [GateEntry(name="mean_kl", variant=variant, status=status, value=0.1, limit=0.05)]  # type: ignore[arg-type]
+
+    def task(self, variant: str, folder: Path, items: Path) -> list[GateEntry]:
+        (items / "items.jsonl").write_text(f"{self.judged}\n")
+        return [GateEntry(name="accuracy_drop", variant=variant, status="not_run")]
+
+    def round_weights(self, scheme: Scheme) -> Iterator[Mapping[str, Rounded]]:
+        self.rounded += 1
+        return iter(())
+
+    @property
+    def climbing(self) -> Climbing:
+        return Climbing(self.round_weights, self.parity, self.task)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> OpenRun:
+    return OpenRun(Step("export", "export", "r", "0" * 16, {}, {}, tmp_path), RunOptions(runs=tmp_path, quiet=True))
+
+
+@pytest.fixture
+def go(student: Callable[..., Path], run: OpenRun) -> Callable[..., None]:
+    def start(judge: Judge, variant: str = "int4", **options: Any) -> None:
+        config = load_config(find_model(str(student())))
+        export = ExportConfig(variants=[variant], **options)  # type: ignore[list-item]
+        climb(student(), config, variant, export, run, judge.climbing)
+
+    return start
+
+
+def schemes(run: OpenRun) -> list[tuple[str, bool]]:
+    return [(tried.scheme, tried.chosen) for tried in read_tried(run, "int4")]
+
+
+def test_a_scheme_that_misses_a_gate_gives_way_to_the_next(run: OpenRun, go: Callable[..., None]) -> None:
+    judge = Judge(passing=3)
+    go(judge)
+    assert schemes(run) == [
+        ("int4 k-quant", False), ("int4 k-quant, int8 head", False), ("int4 gptq, int8 head", True)
+    ]  # fmt: skip
+    assert judge.rounded == 1
+    sizes = [tried.bytes for tried in read_tried(run, "int4")]
+    assert sizes[0] < sizes[1] == sizes[2] == sum(p.stat().st_size for p in run.path("artifact/onnx").iterdir())
+    assert read_tried(run, "int4")[0].missed == "mean_kl"
+    assert run.path("eval-int4/items.jsonl").read_text() == "3\n"
+    assert json.loads(run.path("parity-int4.json").read_text())["gates"][0]["status"] == "passed"
+    assert run.path("build-int4.json").exists()
+
+
+def test_the_first_scheme_ships_where_it_passes_or_no_other_may_follow(run: OpenRun, go: Callable[..., None]) -> None:
+    go(Judge(passing=9), ladder=False)
+    assert schemes(run) == [("int4 k-quant", True)] and read_tried(run, "int4")[0].missed == "mean_kl"
+
+
+def test_where_none_passes_the_last_one_is_kept_and_its_gates_say_so(run: OpenRun, go: Callable[..., None]) -> None:
+    go(Judge(passing=9))
+    tried = read_tried(run, "int4")
+    assert [one.chosen for one in tried] == [False] * 4 + [True] and tried[-1].scheme == "int8 rtn"
+    assert tried[-1].missed == "mean_kl"
+
+
+class KilledError(Exception):
+    """Stands for a kill between two steps."""
+
+
+def test_a_kill_costs_no_finished_attempt(run: OpenRun, go: Callable[..., None]) -> None:
+    judge = Judge(passing=2)
+    whole = judge.climbing
+
+    def die(variant: str, folder: Path) -> list[GateEntry]:
+        if judge.judged == 1:
+            raise KilledError
+        return whole.parity(variant, folder)
+
+    class Dying(Judge):
+        climbing = whole._replace(parity=die)  # type: ignore[assignment]
+
+    with pytest.raises(KilledError):
+        go(Dying(passing=2))
+    built = run.work / "int4-1" / "artifact" / VARIANT_FILES["int4"]
+    before = built.stat().st_mtime_ns
+    go(judge)
+    assert judge.judged == 2 and schemes(run) == [("int4 k-quant", False), ("int4 k-quant, int8 head", True)]
+    assert run.path("artifact").joinpath(VARIANT_FILES["int4"]).stat().st_mtime_ns == before
+    go(judge)  # all is done: nothing is asked again
+    assert judge.judged == 2
+
+
+def test_an_adoption_cut_short_is_finished(run: OpenRun, go: Callable[..., None]) -> None:
+    judge = Judge(passing=1)
+    go(judge)
+    run.path("attempts-int4.json").unlink()  # as if killed before it was written
+    go(judge)
+    assert schemes(run) == [("int4 k-quant", True)] and judge.judged == 1

@@ -1,0 +1,63 @@
+"""Ladders climb from small to large, and a size budget decides which rungs there are before anything is built."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.errors import ExportError
+from distill.export.schemes import VARIANTS, ladder, most_sensitive, predicted_bytes
+from distill.models import find_model, load_config
+
+
+@pytest.fixture
+def config(student: Callable[..., Path]) -> Any:
+    found = load_config(find_model(str(student())))
+    found.num_hidden_layers = 12
+    return found
+
+
+def test_the_rungs_of_four_bits_grow_until_all_has_eight(config: Any) -> None:
+    rungs = ladder("int4", config)
+    assert list(map(str, rungs)) == [
+        "int4 k-quant",
+        "int4 k-quant, int8 head",
+        "int4 gptq, int8 head",
+        "int4 gptq, int8 head, 6 layers in int8",
+        "int8 rtn",
+    ]
+    sizes = [predicted_bytes(config, rung).total for rung in rungs]
+    assert sizes == sorted(sizes)
+    assert [rung.half for rung in ladder("q4f16", config)] == [True] * 5
+    assert ladder("int8", config) == [VARIANTS["int8"]] and ladder("fp32", config) == [VARIANTS["fp32"]]
+
+
+def test_a_recipe_can_keep_one_method_or_one_head(config: Any) -> None:
+    assert [str(rung) for rung in ladder("int4", config, method="gptq", head_bits=8)][:2] == [
+        "int4 gptq, int8 head",
+        "int4 gptq, int8 head, 6 layers in int8",
+    ]
+    assert [rung.head_bits for rung in ladder("int4", config, head_bits=4)] == [4]
+
+
+def test_a_budget_is_filled_with_as_many_wide_layers_as_fit(config: Any) -> None:
+    half = next(rung for rung in ladder("int4", config) if rung.wide_layers)
+    budget = predicted_bytes(config, half).total - 1
+    last = ladder("int4", config, budget)[-1]
+    assert len(last.wide_layers) == 5 and predicted_bytes(config, last).total <= budget
+    # one more layer would not fit: the budget is solved, not guessed
+    assert all(predicted_bytes(config, rung).total <= budget for rung in ladder("int4", config, budget))
+    roomy = ladder("int4", config, predicted_bytes(config, VARIANTS["int8"]).total)
+    assert str(roomy[-1]) == "int8 rtn" and len(roomy[-2].wide_layers) == 11
+
+
+def test_a_budget_that_nothing_fits_says_what_would(config: Any) -> None:
+    with pytest.raises(ExportError, match=r"max_mb.int4: 0.0 MB are less than .* \(int4 k-quant: 0.\d MB\); raise it"):
+        ladder("int4", config, 1000)
+
+
+def test_sensitive_layers_are_the_ends_first() -> None:
+    assert most_sensitive(24, 6) == (0, 1, 2, 21, 22, 23)
+    assert set(most_sensitive(24, 6)) < set(most_sensitive(24, 10)) and len(most_sensitive(24, 10)) == 10
+    assert most_sensitive(4, 4) == (0, 1, 2, 3)
