@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from distill.artifact import graph_bytes
 from distill.config import ExportConfig
+from distill.evaluation import SUMMARY, load_summary
 from distill.progress import say
 from distill.records import write_json
 from distill.runs import OpenRun
@@ -37,6 +38,10 @@ class Tried(BaseModel):
     """Of the graph and its weights on disk."""
     build_seconds: float
     gates: tuple[GateEntry, ...]
+    accuracy: float | None = None
+    """Verified, on the task gate's set; None where there is none."""
+    tokens_per_s: float | None = None
+    """Of that evaluation, batches and all: to compare schemes by, no benchmark."""
     chosen: bool = False
     """Whether it is the one in the artifact."""
 
@@ -97,7 +102,9 @@ def attempt(checkpoint: Path, variant: str, scheme: Scheme, folder: Path, how: C
     (folder / "eval").mkdir(exist_ok=True)
     gates += how.task(variant, folder / "artifact", folder / "eval")
     size = graph_bytes(folder / "artifact", variant)
-    entry = Tried(scheme=str(scheme), bytes=size, build_seconds=seconds, gates=tuple(gates))
+    entry = Tried(
+        scheme=str(scheme), bytes=size, build_seconds=seconds, gates=tuple(gates), **_evaluated(folder / "eval")
+    )
     write_json(done, entry.model_dump(mode="json"))
     return entry
 
@@ -114,6 +121,12 @@ def _build(checkpoint: Path, variant: str, scheme: Scheme, folder: Path, how: Cl
         size = graph_bytes(folder / "artifact", variant) / 1e6
         say(f"export: {variant}: {scheme}, {size:,.1f} MB in {time.perf_counter() - started:.0f} s")
     return float(json.loads(note.read_text())["seconds"])
+
+
+def _evaluated(folder: Path) -> dict[str, float | None]:
+    """Accuracy and speed of an evaluation, where there was one."""
+    summary = load_summary(folder) if (folder / SUMMARY).exists() else {}
+    return {"accuracy": summary.get("accuracy"), "tokens_per_s": summary.get("tokens_per_s")}
 
 
 def _kept(path: Path, measure: Callable[[], list[GateEntry]]) -> list[GateEntry]:

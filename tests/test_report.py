@@ -99,6 +99,14 @@ GATES = [
 ]  # fmt: skip
 
 
+ATTEMPTS = [
+    {"scheme": "int4 k-quant", "bytes": 900_000, "build_seconds": 3.0, "accuracy": 0.25, "tokens_per_s": 700.0,
+     "gates": [{"name": "mean_kl", "status": "failed", "value": 0.08}], "chosen": False},
+    {"scheme": "int4 gptq, int8 head", "bytes": 1_250_000, "build_seconds": 95.0, "accuracy": None,
+     "tokens_per_s": None, "gates": [{"name": "mean_kl", "status": "passed", "value": 0.03}], "chosen": True},
+]  # fmt: skip
+
+
 @dataclass
 class Store:
     """Builds stages one by one and writes the pipeline's record over all of them."""
@@ -198,6 +206,7 @@ class Store:
             (run.path("artifact") / "onnx").mkdir(parents=True)
             (run.path("artifact") / "onnx" / "model_q4.onnx").write_bytes(b"0" * 1_250_000)
             write_json(run.path("parity-int4.json"), {"gates": GATES[:1]})
+            write_json(run.path("attempts-int4.json"), {"attempts": ATTEMPTS})
             if gates is not None:
                 write_json(run.path("gates.json"), {"gates": list(gates)})
             run.path("eval-int4").mkdir()
@@ -390,6 +399,14 @@ def test_a_gate_that_was_not_run_is_never_shown_as_passed(whole: Path) -> None:
     assert page.row("int4", "genai tokens")[2:] == ["not run", "n/a", "0", "no golden prompts"]
     assert "Gates 1 failed 1 not run, 1 passed" in page.text
     assert "Stopped by a gate: int4 top1_agreement" in page.text
+
+
+def test_every_scheme_that_was_tried_shows_what_it_cost_and_what_it_missed(whole: Path) -> None:
+    page = page_of(whole)
+    first = ["int4", "int4 k-quant", "0.9", "3", "0.08", "n/a", "25.0%", "700", "mean kl", ""]
+    assert page.row("int4", "int4 k-quant") == first
+    last = ["int4", "int4 gptq, int8 head", "1.2", "95", "0.03", "n/a", "n/a", "n/a", "nothing", "✓ passed"]
+    assert page.row("int4", "int4 gptq, int8 head") == last
 
 
 def test_gates_of_an_unfinished_export_are_not_run(store: Store) -> None:

@@ -167,6 +167,23 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Attempt:
+    """One scheme of a variant that was tried."""
+
+    variant: str
+    scheme: str
+    megabytes: float
+    build_seconds: float
+    kl: float | None
+    top1: float | None
+    accuracy: float | None
+    tokens_per_s: float | None
+    missed: tuple[str, ...]
+    """Names of the gates that it failed."""
+    chosen: bool
+
+
+@dataclass(frozen=True)
 class Artifact:
     """What ships."""
 
@@ -174,6 +191,8 @@ class Artifact:
     folder: str
     variants: tuple[Variant, ...]
     gates: tuple[Gate, ...]
+    attempts: tuple[Attempt, ...]
+    """Every scheme that was tried, variant by variant in the order of trying."""
     complete: bool
     """Whether all gates have ended; before, the ones still to come stand as not run."""
 
@@ -441,8 +460,26 @@ def artifact(pipeline: Pipeline) -> Artifact | None:
         folder=(run.folder / "artifact").as_posix(),
         variants=tuple(_variant(run, name) for name in names),
         gates=tuple(sorted(gates, key=lambda gate: order.get(gate.variant, len(order)))),
+        attempts=tuple(attempt for name in names for attempt in _attempts(run, name)),
         complete=found is not None,
     )
+
+
+def _attempts(run: StageRun, variant: str) -> Iterator[Attempt]:
+    for tried in (run.json(f"attempts-{variant}.json") or {"attempts": ()})["attempts"]:
+        values = {gate["name"]: gate.get("value") for gate in tried["gates"]}
+        yield Attempt(
+            variant=variant,
+            scheme=tried["scheme"],
+            megabytes=tried["bytes"] / MEGABYTE,
+            build_seconds=tried["build_seconds"],
+            kl=values.get("mean_kl"),
+            top1=values.get("top1_agreement"),
+            accuracy=tried["accuracy"],
+            tokens_per_s=tried["tokens_per_s"],
+            missed=tuple(gate["name"] for gate in tried["gates"] if gate["status"] == "failed"),
+            chosen=tried["chosen"],
+        )
 
 
 def variant_names(pipeline: Pipeline) -> list[str]:

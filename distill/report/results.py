@@ -10,7 +10,7 @@ from typing import Any
 
 from .charts import Axis, Bar, Line, bars, lines
 from .content import Report
-from .facts import Artifact, Estimate, Gate
+from .facts import Artifact, Attempt, Estimate, Gate
 from .markup import (
     NA,
     STATUS,
@@ -165,6 +165,7 @@ def artifact(report: Report, palette: Palette) -> str:
         lead,
         _size_and_speed(made, group, palette),
         _changes_table(report.scores.changes, palette),
+        attempts_table(made, palette),
         gates_table(made, palette),
     )
 
@@ -216,6 +217,41 @@ def _changes_table(changes: Sequence[Changes], palette: Palette) -> str:
         number("wrong → wrong"),
     ]  # fmt: skip
     return table("Answers that stayed and that changed", columns, rows)
+
+
+def attempts_table(made: Artifact, palette: Palette) -> str:
+    """What each scheme cost and lost, where more than one was tried for a variant."""
+    if len({attempt.variant for attempt in made.attempts}) == len(made.attempts):
+        return ""
+    columns = [
+        Column("Variant"), Column("Scheme"), number("MB"), number("Build, s"), number("KL, nats/token"),
+        number("Top-1"), number("Accuracy"), number("Tokens/s"), Column("Misses"), Column("Ships"),
+    ]  # fmt: skip
+    return table("Schemes that were tried", columns, [_attempt_row(one, palette) for one in made.attempts])
+
+
+def _attempt_row(attempt: Attempt, palette: Palette) -> list[str]:
+    def shown(value: float | None, text: Callable[[float], str]) -> str:
+        return NA if value is None else text(value)
+
+    return [
+        palette.label(attempt.variant),
+        escape(attempt.scheme),
+        f"{attempt.megabytes:,.1f}",
+        f"{attempt.build_seconds:,.0f}",
+        shown(attempt.kl, compact),
+        shown(attempt.top1, percent),
+        shown(attempt.accuracy, percent),
+        shown(attempt.tokens_per_s, "{:,.0f}".format),
+        escape(", ".join(name.replace("_", " ") for name in attempt.missed)) or "nothing",
+        _verdict(attempt),
+    ]
+
+
+def _verdict(attempt: Attempt) -> str:
+    if not attempt.chosen:
+        return ""
+    return "none passed" if attempt.missed else chip(*STATUS["passed"])
 
 
 def gates_table(made: Artifact, palette: Palette) -> str:
