@@ -23,6 +23,7 @@ from distill.runs import OpenRun
 
 from .graph import build_variant
 from .manifest import GateEntry
+from .measure import Measured
 from .quantize import Rounded
 from .schemes import Scheme, ladder
 
@@ -56,8 +57,8 @@ class Climbing(NamedTuple):
 
     round_weights: Callable[[Scheme], Iterator[Mapping[str, Rounded]]]
     """Matrices of a GPTQ scheme, layer by layer."""
-    parity: Callable[[str, Path], list[GateEntry]]
-    """Gates of a variant in a folder against the torch student."""
+    parity: Callable[[str, Path, bool], Measured]
+    """Gates of a variant in a folder against the torch student; whether it may be given up early."""
     task: Callable[[str, Path, Path], list[GateEntry]]
     """Gates of the evaluation of a variant in a folder, whose items are kept in another."""
 
@@ -74,8 +75,9 @@ def climb(checkpoint: Path, config: Any, variant: str, export: ExportConfig, run
     attempts: list[Tried] = []
     for place, scheme in enumerate(rungs):
         folder = run.work / f"{variant}-{place}"
-        attempts.append(attempt(checkpoint, variant, scheme, folder, how))
-        if not attempts[-1].missed or place == len(rungs) - 1:
+        last = place == len(rungs) - 1
+        attempts.append(attempt(checkpoint, variant, scheme, folder, how, last))
+        if not attempts[-1].missed or last:
             adopt(folder, variant, run)
             break
         say(f"export: {variant}: {scheme} misses {attempts[-1].missed}; trying {rungs[place + 1]}")
@@ -91,16 +93,22 @@ def rungs_of(variant: str, config: Any, export: ExportConfig) -> list[Scheme]:
     return rungs if export.ladder else rungs[:1]
 
 
-def attempt(checkpoint: Path, variant: str, scheme: Scheme, folder: Path, how: Climbing) -> Tried:
-    """Build and judge one scheme in `folder`; what is finished there is not done again."""
+def attempt(checkpoint: Path, variant: str, scheme: Scheme, folder: Path, how: Climbing, last: bool) -> Tried:
+    """Build and judge one scheme in `folder`; what is finished there is not done again.
+
+    Unless it is the `last` one, a scheme that is far off is given up early: it costs neither the whole comparison nor
+    an evaluation.
+    """
     done = folder / "attempt.json"
     if done.exists():
         return Tried.model_validate_json(done.read_text())
     folder.mkdir(parents=True, exist_ok=True)
     seconds = _build(checkpoint, variant, scheme, folder, how)
-    gates = _kept(folder / "parity.json", lambda: how.parity(variant, folder / "artifact"))
+    measured = _kept(folder / "parity.json", lambda: how.parity(variant, folder / "artifact", not last))
+    gates = measured.gates
     (folder / "eval").mkdir(exist_ok=True)
-    gates += how.task(variant, folder / "artifact", folder / "eval")
+    if not measured.hopeless:
+        gates += how.task(variant, folder / "artifact", folder / "eval")
     size = graph_bytes(folder / "artifact", variant)
     entry = Tried(
         scheme=str(scheme), bytes=size, build_seconds=seconds, gates=tuple(gates), **_evaluated(folder / "eval")
@@ -129,10 +137,12 @@ def _evaluated(folder: Path) -> dict[str, float | None]:
     return {"accuracy": summary.get("accuracy"), "tokens_per_s": summary.get("tokens_per_s")}
 
 
-def _kept(path: Path, measure: Callable[[], list[GateEntry]]) -> list[GateEntry]:
+def _kept(path: Path, measure: Callable[[], Measured]) -> Measured:
     if not path.exists():
-        write_json(path, {"gates": [gate.model_dump(mode="json") for gate in measure()]})
-    return [GateEntry.model_validate(gate) for gate in json.loads(path.read_text())["gates"]]
+        gates, hopeless = measure()
+        write_json(path, {"gates": [gate.model_dump(mode="json") for gate in gates], "hopeless": hopeless})
+    document = json.loads(path.read_text())
+    return Measured([GateEntry.model_validate(gate) for gate in document["gates"]], document["hopeless"])
 
 
 def adopt(folder: Path, variant: str, run: OpenRun) -> None:

@@ -36,7 +36,7 @@ from .manifest import (
     result_digest,
     write_manifest,
 )
-from .measure import TorchStudent, measure
+from .measure import Measured, TorchStudent, measure
 from .quantize import Rounded, gptq
 from .schemes import Scheme
 from .texts import Texts, calibration_texts, comparison_texts, held_out
@@ -95,8 +95,8 @@ def climbing_of(recipe: Recipe, step: Step, run: OpenRun, checkpoint: Path, text
                 yield matrices
                 bar.advance()
 
-    def parity(variant: str, folder: Path) -> list[GateEntry]:
-        return measure(folder, variant, student, texts, export.gates, run.options.cpu_threads)
+    def parity(variant: str, folder: Path, give_up: bool) -> Measured:
+        return measure(folder, variant, student, texts, export.gates, run.options.cpu_threads, give_up)
 
     def task(variant: str, folder: Path, items: Path) -> list[GateEntry]:
         evaluate_variant(recipe, step, run, variant, folder, items)

@@ -6,7 +6,7 @@ Everything runs on the CPU provider; what needs another device is a gate that wa
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,14 @@ from .gates import decode_gates, greedy_gate, parity_gates, provider_gate, struc
 from .graph import check_weights
 from .manifest import GateEntry
 from .parity import Parity, compare_greedy, compare_logits, greedy_from_logits
-from .texts import Text, Texts
+from .texts import Text, Texts, until
 
 DECODED_TEXTS = 4
 """Texts whose last tokens are fed one by one through the cache."""
+FIRST_LOOK = 512
+"""Positions after which a variant that is far off is given up."""
+HOPELESS = 2.0
+"""Times its limit of KL that a variant loses there, to be given up."""
 PROVIDERS = {"fp16": ("cuda", "webgpu"), "q4f16": ("webgpu",)}
 """Where a variant is meant to run besides the CPU."""
 
@@ -51,24 +55,38 @@ class TorchStudent:
         return np.asarray(logits.float().numpy(), dtype=np.float32)
 
 
+class Measured(NamedTuple):
+    """How a variant compares with the torch student."""
+
+    gates: list[GateEntry]
+    hopeless: bool
+    """Whether the first texts were so far beyond the limit that the rest was not measured."""
+
+
 def measure(
-    artifact: Path, variant: str, student: TorchStudent, texts: Texts, limits: Gates, threads: int
-) -> list[GateEntry]:
+    artifact: Path,
+    variant: str,
+    student: TorchStudent,
+    texts: Texts,
+    limits: Gates,
+    threads: int,
+    give_up: bool = False,
+) -> Measured:
     """Structure, parity on whole texts and on cached steps, and for fp32 greedy text, as gates.
 
-    Raises ExportError for weights that are zero or logits that are not finite, EngineError for a graph that does not
-    load.
+    With `give_up` a variant that loses `HOPELESS` times its limit on the first texts is measured no further. Raises
+    ExportError for weights that are zero or logits that are not finite, EngineError for a graph that does not load.
     """
     graph = locate(artifact, variant)
     found = check_weights(graph.path)
     decoder = OnnxDecoder(artifact, threads, variant=variant)
-    parity = compare_logits(
-        (student.logits(text.ids)[text.compared] for text in texts.documents),
-        (decoder.logits(text.ids)[text.compared] for text in texts.documents),
-        (text.following for text in texts.documents),
-    )
     gates = [structure_gate(variant, found.matrices, found.layers, decoder.providers)]
     gates += [provider_gate(variant, provider) for provider in PROVIDERS.get(variant, ())]
+    if give_up:
+        first = compare_texts(decoder, student, list(until(texts.documents, FIRST_LOOK)))
+        if first.mean_kl > HOPELESS * limits.of("max_kl", variant):
+            return Measured([*gates, *parity_gates(variant, first, limits)], hopeless=True)
+    parity = compare_texts(decoder, student, texts.documents)
     gates += parity_gates(variant, parity, limits)
     gates += decode_gates(variant, compare_steps(decoder, student, texts.documents, limits.decode_steps), limits)
     if variant == "fp32":
@@ -77,7 +95,16 @@ def measure(
         f"export: {variant}: mean KL {parity.mean_kl:.2g} nats, top-1 {parity.top1_agreement:.2%} of"
         f" {parity.positions}, perplexity {parity.perplexity_ratio:.4f} of the student's"
     )
-    return gates
+    return Measured(gates, hopeless=False)
+
+
+def compare_texts(decoder: OnnxDecoder, student: TorchStudent, texts: Sequence[Text]) -> Parity:
+    """Compare the logits of texts that are read in one go."""
+    return compare_logits(
+        (student.logits(text.ids)[text.compared] for text in texts),
+        (decoder.logits(text.ids)[text.compared] for text in texts),
+        (text.following for text in texts),
+    )
 
 
 def compare_steps(decoder: OnnxDecoder, student: TorchStudent, texts: Sequence[Text], steps: int) -> Parity:

@@ -55,7 +55,8 @@ class Scheme:
             return f"fp{self.body_bits}"
         wide = f", {len(self.wide_layers)} layers in int8" if self.wide_layers else ""
         head = "" if self.head_bits == self.body_bits else f", int{self.head_bits} head"
-        return f"int{self.body_bits} {self.method.replace('_', '-')}{head}{wide}"
+        exact = "" if self.accuracy_level == 4 else ", fp32 activations"
+        return f"int{self.body_bits} {self.method.replace('_', '-')}{head}{wide}{exact}"
 
 
 VARIANTS: dict[str, Scheme] = {
@@ -173,14 +174,17 @@ def ladder(
 ) -> list[Scheme]:
     """Schemes of a variant to try in turn, smallest first: the first that passes its gates ships.
 
-    For four bits: an int4 head, an int8 head, GPTQ, GPTQ with every second, then every layer's matrices in 8 bits.
+    For four bits: an int4 head, an int8 head, GPTQ, GPTQ with half, then all of the layers' matrices in 8 bits; for
+    eight, and last of all for four, activations that are not rounded to int8, which is slower and takes no bytes.
     `method` and `head_bits` keep the rungs that have them. With `max_bytes` only those that fit are kept, and the
     widest mixture of layers that fits takes the place of those that do not. Raises ExportError if none fits.
     """
     first = VARIANTS[variant]
-    rungs = list(_rungs(first, config)) if first.body_bits == 4 else [first]
-    if first.body_bits == 4:
-        rungs = [rung for rung in rungs if _wanted(rung, method, head_bits)]
+    rungs = [first]
+    if first.quantized:
+        eight = replace(VARIANTS["int8"], half=first.half)
+        smaller = [rung for rung in _four_bits(first, config) if _wanted(rung, method, head_bits)]
+        rungs = [*smaller, eight, replace(eight, accuracy_level=0)]
     if max_bytes is None:
         return rungs
     fitting = [rung for rung in rungs if predicted_bytes(config, rung).total <= max_bytes]
@@ -195,12 +199,15 @@ def ladder(
     return fitting
 
 
-def _order(scheme: Scheme) -> tuple[int, int, bool]:
+def _order(scheme: Scheme) -> tuple[int, int, bool, bool]:
     """Which of two schemes of equal bytes is tried first."""
-    return (len(scheme.wide_layers), scheme.head_bits, scheme.method == "gptq")
+    return (len(scheme.wide_layers), scheme.head_bits, scheme.method == "gptq", scheme.accuracy_level == 0)
 
 
-def _rungs(first: Scheme, config: Any) -> Iterator[Scheme]:
+def _four_bits(first: Scheme, config: Any) -> Iterator[Scheme]:
+    """Schemes of a body in four bits; none for a variant that begins with more."""
+    if first.body_bits != 4:
+        return
     layers = config.num_hidden_layers
     yield first
     wide_head = replace(first, head_bits=8)
@@ -209,7 +216,6 @@ def _rungs(first: Scheme, config: Any) -> Iterator[Scheme]:
     yield gptq
     if layers > 1:
         yield replace(gptq, wide_layers=most_sensitive(layers, layers // 2))
-    yield replace(VARIANTS["int8"], half=first.half)
 
 
 def most_sensitive(layers: int, count: int) -> tuple[int, ...]:
@@ -225,9 +231,7 @@ def most_sensitive(layers: int, count: int) -> tuple[int, ...]:
 
 
 def _wanted(rung: Scheme, method: Method | None, head_bits: int | None) -> bool:
-    if method is not None and rung.method != method and rung.body_bits == 4:
-        return False
-    return head_bits is None or rung.head_bits == head_bits
+    return method in (None, rung.method) and head_bits in (None, rung.head_bits)
 
 
 def _widest(first: Scheme, config: Any, max_bytes: int, rungs: Sequence[Scheme]) -> Scheme | None:

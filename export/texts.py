@@ -42,9 +42,11 @@ PROBES = (
 
 DOCUMENT_TOKENS = 1024
 """Longest document in a comparison; its logits exist in memory at once."""
+TEMPERATURE = 0.6
+"""Of texts that the student writes itself: what DeepSeek recommends for R1 and its distillations."""
 WRITTEN_TOKENS = 256
 """Longest answer that the student writes itself for a comparison."""
-AT_ONCE = 16
+AT_ONCE = 64
 
 
 class Text(NamedTuple):
@@ -166,9 +168,10 @@ def _enough(
 
 
 def sampled(checkpoint: Path, prompts: Sequence[list[int]], seed: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Prompts with answers that the torch student draws at temperature 1, round after round without end."""
+    """Prompts with answers that the torch student draws, round after round without end."""
     model = load_model(ModelSource(str(checkpoint), checkpoint))
-    for number, start in enumerate(itertools.cycle(range(0, len(prompts), AT_ONCE))):
-        batch = prompts[start : start + AT_ONCE]
-        answers = generate_ids(model, batch, WRITTEN_TOKENS, temperature=1.0, seed=seed + number)
+    rounds = itertools.cycle(prompts)
+    for number in itertools.count():
+        batch = list(itertools.islice(rounds, AT_ONCE))
+        answers = generate_ids(model, batch, WRITTEN_TOKENS, temperature=TEMPERATURE, seed=seed + number)
         yield from zip(batch, answers, strict=True)

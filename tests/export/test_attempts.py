@@ -11,6 +11,7 @@ from distill.artifact import VARIANT_FILES, variants_in
 from distill.config import ExportConfig
 from distill.export.attempts import Climbing, climb, read_tried
 from distill.export.manifest import GateEntry
+from distill.export.measure import Measured
 from distill.export.quantize import Rounded
 from distill.export.schemes import Scheme
 from distill.models import find_model, load_config
@@ -20,16 +21,18 @@ from distill.runs import OpenRun, RunOptions, Step
 class Judge:
     """Passes attempts from the `passing`-th on, and counts what it was asked."""
 
-    def __init__(self, passing: int) -> None:
-        self.passing, self.judged, self.rounded = passing, 0, 0
+    def __init__(self, passing: int, hopeless: bool = False) -> None:
+        self.passing, self.hopeless, self.judged, self.rounded, self.evaluated = passing, hopeless, 0, 0, 0
 
-    def parity(self, variant: str, folder: Path) -> list[GateEntry]:
+    def parity(self, variant: str, folder: Path, give_up: bool) -> Measured:
         assert variants_in(folder) == [variant]
         self.judged += 1
         status = "passed" if self.judged >= self.passing else "failed"
-        return [GateEntry(name="mean_kl", variant=variant, status=status, value=0.1, limit=0.05)]  # type: ignore[arg-type]
+        gate = GateEntry(name="mean_kl", variant=variant, status=status, value=0.1, limit=0.05)  # type: ignore[arg-type]
+        return Measured([gate], hopeless=self.hopeless and give_up and status == "failed")
 
     def task(self, variant: str, folder: Path, items: Path) -> list[GateEntry]:
+        self.evaluated += 1
         (items / "items.jsonl").write_text(f"{self.judged}\n")
         return [GateEntry(name="accuracy_drop", variant=variant, status="not_run")]
 
@@ -84,8 +87,23 @@ def test_the_first_scheme_ships_where_it_passes_or_no_other_may_follow(run: Open
 def test_where_none_passes_the_last_one_is_kept_and_its_gates_say_so(run: OpenRun, go: Callable[..., None]) -> None:
     go(Judge(passing=9))
     tried = read_tried(run, "int4")
-    assert [one.chosen for one in tried] == [False] * 4 + [True] and tried[-1].scheme == "int8 rtn"
+    assert [one.chosen for one in tried] == [False] * 5 + [True] and tried[-1].scheme == "int8 rtn, fp32 activations"
     assert tried[-1].missed == "mean_kl"
+
+
+def test_a_scheme_that_is_far_off_costs_no_evaluation_unless_it_is_the_last(
+    run: OpenRun, go: Callable[..., None]
+) -> None:
+    judge = Judge(passing=3, hopeless=True)
+    go(judge)
+    assert judge.judged == 3 and judge.evaluated == 1
+    assert [tried.missed for tried in read_tried(run, "int4")] == ["mean_kl", "mean_kl", ""]
+
+
+def test_the_last_scheme_is_measured_whole_however_far_off_it_is(run: OpenRun, go: Callable[..., None]) -> None:
+    judge = Judge(passing=9, hopeless=True)
+    go(judge, ladder=False)
+    assert judge.evaluated == 1 and len(read_tried(run, "int4")[0].gates) == 2
 
 
 class KilledError(Exception):
@@ -96,10 +114,10 @@ def test_a_kill_costs_no_finished_attempt(run: OpenRun, go: Callable[..., None])
     judge = Judge(passing=2)
     whole = judge.climbing
 
-    def die(variant: str, folder: Path) -> list[GateEntry]:
+    def die(variant: str, folder: Path, give_up: bool) -> Measured:
         if judge.judged == 1:
             raise KilledError
-        return whole.parity(variant, folder)
+        return whole.parity(variant, folder, give_up)
 
     class Dying(Judge):
         climbing = whole._replace(parity=die)  # type: ignore[assignment]

@@ -26,11 +26,13 @@ def test_the_rungs_of_four_bits_grow_until_all_has_eight(config: Any) -> None:
         "int4 gptq, int8 head",
         "int4 gptq, int8 head, 6 layers in int8",
         "int8 rtn",
+        "int8 rtn, fp32 activations",
     ]
     sizes = [predicted_bytes(config, rung).total for rung in rungs]
     assert sizes == sorted(sizes)
-    assert [rung.half for rung in ladder("q4f16", config)] == [True] * 5
-    assert ladder("int8", config) == [VARIANTS["int8"]] and ladder("fp32", config) == [VARIANTS["fp32"]]
+    assert [rung.half for rung in ladder("q4f16", config)] == [True] * 6
+    assert list(map(str, ladder("int8", config))) == ["int8 rtn", "int8 rtn, fp32 activations"]
+    assert ladder("fp32", config) == [VARIANTS["fp32"]]
 
 
 def test_a_recipe_can_keep_one_method_or_one_head(config: Any) -> None:
@@ -38,7 +40,7 @@ def test_a_recipe_can_keep_one_method_or_one_head(config: Any) -> None:
         "int4 gptq, int8 head",
         "int4 gptq, int8 head, 6 layers in int8",
     ]
-    assert [rung.head_bits for rung in ladder("int4", config, head_bits=4)] == [4]
+    assert [rung.head_bits for rung in ladder("int4", config, head_bits=4)] == [4, 8, 8]
 
 
 def test_a_budget_is_filled_with_as_many_wide_layers_as_fit(config: Any) -> None:
@@ -49,7 +51,7 @@ def test_a_budget_is_filled_with_as_many_wide_layers_as_fit(config: Any) -> None
     # one more layer would not fit: the budget is solved, not guessed
     assert all(predicted_bytes(config, rung).total <= budget for rung in ladder("int4", config, budget))
     roomy = ladder("int4", config, predicted_bytes(config, VARIANTS["int8"]).total)
-    assert str(roomy[-1]) == "int8 rtn" and len(roomy[-2].wide_layers) == 11
+    assert str(roomy[-2]) == "int8 rtn" and len(roomy[-3].wide_layers) == 11
 
 
 def test_a_budget_that_nothing_fits_says_what_would(config: Any) -> None:
