@@ -50,7 +50,7 @@ def weights(artifact: Path) -> dict[str, float]:
     """MB of each variant's weights."""
     files = {"fp32": "model", "int8": "model_quantized", "int4": "model_q4"}
     return {
-        variant: sum(path.stat().st_size for path in (artifact / "onnx").glob(f"{stem}.onnx*")) / 1e6
+        variant: sum(path.stat().st_size for path in (artifact / "onnx").glob(f"{stem}.onnx_data")) / 1e6
         for variant, stem in files.items()
     }
 
