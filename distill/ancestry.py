@@ -236,7 +236,7 @@ def shown_model(one: TeacherModel) -> str:
 def licence_questions(model: Ancestry) -> list[str]:
     """What is open about the licences that meet in a model, contradictions among them: Markdown, a sentence each."""
     stated = stated_licences(model)
-    return [*problems(stated, MODEL), *model_terms(stated[0], taught_licences(model))]
+    return [*problems(stated, MODEL), *model_terms(stated[0], taught_licences(model), model.recipe.name)]
 
 
 def licence_section(model: Ancestry) -> str:

@@ -97,7 +97,7 @@ def _model(draft: Draft, files: Mapping[str, FileEntry]) -> Any:
     ]
     facts = {
         "distill:student": f"{student.id} {student.revision or ''}".strip(),
-        "distill:default_variant": draft.default_variant,
+        "distill:default_variant": draft.default,
         "distill:variants": ", ".join(draft.variants),
         **({"distill:recipe": draft.origins.recipe.identity} if draft.origins.recipe else {}),
     }
@@ -198,7 +198,7 @@ def _licences(stated: Iterable[str | None]) -> list[Any]:
 def model_card(draft: Draft, architecture: str | None) -> dict[str, Any]:
     """CycloneDX's `modelCard` of the model: how it was made, what was measured, what to mind."""
     parameters: dict[str, Any] = {
-        "approach": {"type": "supervised"},
+        **({"approach": {"type": "supervised"}} if draft.origins.data else {}),
         "task": "text-generation",
         "architectureFamily": "transformer",
         **({"modelArchitecture": architecture} if architecture else {}),

@@ -63,7 +63,7 @@ class DataOrigin(_Part):
     examples: int = Field(ge=0)
     """Verified traces in it."""
     tokens: int | None = Field(default=None, ge=0)
-    """Tokens of the training documents, prompts included, that the last phase went through; None where not counted."""
+    """Tokens that all phases went through, prompts included, every epoch counted; None where one was not counted."""
     licences: dict[str, tuple[str | None, ...]] = {}
     """Licences of its prompts by source, and of replayed sets."""
 
@@ -161,8 +161,8 @@ class Draft(_Part):
     name: str
     variants: tuple[VariantName, ...] = Field(min_length=1)
     """Graphs in the folder; where each lies is `distill.artifact.VARIANT_FILES`."""
-    default: VariantName | None = None
-    """The variant that is loaded where none is asked for; the last one where it is None."""
+    default: VariantName
+    """The variant that onnxruntime-genai loads where none is asked for."""
     origins: Origins
     licences: LicenceReading = LicenceReading(licence="unknown")
     tools: dict[str, str] = {}
@@ -182,17 +182,10 @@ class Draft(_Part):
         named = {gate.variant for gate in self.gates if gate.variant} | {golden.variant for golden in self.golden}
         named |= {attempt.variant for attempt in self.attempts}
         if unknown := sorted(named - set(self.variants)):
-            raise ValueError(
-                f"gates, golden prompts or attempts of {unknown[0]!r}, which is not among the variants"
-            )
-        if self.default is not None and self.default not in self.variants:
+            raise ValueError(f"gates, golden prompts or attempts of {unknown[0]!r}, which is not among the variants")
+        if self.default not in self.variants:
             raise ValueError(f"default is {self.default!r}, which is not among the variants")
         return self
-
-    @property
-    def default_variant(self) -> str:
-        """The variant that is loaded where none is asked for."""
-        return self.default or self.variants[-1]
 
 
 class Manifest(Draft):
@@ -293,7 +286,7 @@ def _bad_entry(name: str) -> str | None:
 
 
 def _list_files(folder: Path) -> list[str]:
-    """Sorted relative names of all files that a manifest lists; raises ArtifactError for what an artifact may not hold."""
+    """Sorted relative names of what a manifest lists; raises ArtifactError for what an artifact may not hold."""
     names = sorted(name for name in _walk(folder, "", 0) if name not in UNLISTED)
     for name in names:
         if reason := bad_name(name):
