@@ -6,6 +6,7 @@ P-521); the private one is read by the library alone and nothing of it is writte
 
 import contextlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,14 @@ def signature_problem(folder: Path, public_key: Path) -> str | None:
 
 
 def _why(error: Exception) -> str:
-    said = " ".join(str(error).split())[:300]
+    """The library's words in one line, without the digests' bytes."""
+    said = str(error)
+    differ = re.findall(r"Hash mismatch for '([^']+)'", said)
+    listed = re.findall(r"""files (?:found )?in model '[^']*': ([^"'\]]+)""", said)
+    differ += [name for names in listed for name in names.split(", ")]
+    if differ:
+        return f"the key signed other bytes: {', '.join(sorted(differ))[:300]}"
+    said = " ".join(said.split())[:300]
     return said or f"the key did not make it ({type(error).__name__})"
 
 

@@ -240,14 +240,15 @@ def test_the_card_shows_how_each_runtime_loads_the_folder(export_step: Callable[
     import re
 
     recipe = recipe_of(format={"system": 'Say "yes".'})
-    _, text = written(recipe, export_step())
+    step = export_step()
+    _, text = written(recipe, step)
     blocks = dict(re.findall(r"```(python|js)\n(.*?)\n```", text, re.DOTALL))
     assert 'pipeline("text-generation", "FOLDER", { dtype: "q4" })' in blocks["js"]
     assert 'file_name="onnx/model_q4.onnx"' in blocks["python"]
     for block in re.findall(r"```python\n(.*?)\n```", text, re.DOTALL):
         ast.parse(block)
     assert "Send it as above with every conversation" in text
-    assert first_messages(recipe, export_step())[0] == {"role": "system", "content": 'Say "yes".'}
+    assert first_messages(recipe, step)[0] == {"role": "system", "content": 'Say "yes".'}
 
 
 def test_nothing_of_this_machine_is_in_the_card(export_step: Callable[..., Step], tmp_path: Path) -> None:
