@@ -210,14 +210,26 @@ def write_viewer(
     return write_page(show(target, asked, overrides, Path(runs)), Path(out), name_of(target), str(asked))
 
 
-def verify(artifact: Path | str, golden: bool = True) -> "list[Check]":
-    """Check a shipped artifact against its own manifest: hashes, gates, then golden prompts; one result a check.
+def verify(artifact: Path | str, golden: bool = True, public_key: Path | str | None = None) -> "list[Check]":
+    """Check a shipped artifact: files, settings, bill of materials, card, signature, gates, golden prompts; one result
+    a check.
 
-    Raises ArtifactError at the first file that is not what the manifest says. `golden=False` loads no model.
+    Raises ArtifactError at the first file that is not what the manifest says. `golden=False` loads no model;
+    `public_key` is the PEM file that the signature must be of.
     """
     from distill.export.verify import verify_artifact
 
-    return verify_artifact(Path(artifact), golden)
+    return verify_artifact(Path(artifact), golden, Path(public_key) if public_key else None)
+
+
+def sign(artifact: Path | str, key: Path | str | None = None) -> Path:
+    """Sign an artifact with a private key: a PEM file, by default the one that DISTILL_SIGNING_KEY names.
+
+    Returns the signature's path. Raises ArtifactError if the artifact is not what its manifest says.
+    """
+    from distill.export.signing import sign_artifact
+
+    return sign_artifact(Path(artifact), Path(key) if key else None)
 
 
 def write_report(recipe_or_run: Recipe | Path | str, out: Path | str | None = None, **where: Unpack[Where]) -> Path:

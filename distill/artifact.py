@@ -5,11 +5,11 @@ have the names by which transformers.js finds a `dtype`; onnxruntime-genai's set
 by itself, the default variant. `locate` is how everything here that opens an artifact finds a graph.
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
-from distill.errors import EngineError
+from distill.errors import ArtifactError, EngineError
+from distill.untrusted import read_runtime_config, refuse_unsafe_configs, refuse_unsafe_graph
 
 GENAI_CONFIG = "genai_config.json"
 VARIANT_FILES: dict[str, str] = {
@@ -54,11 +54,23 @@ def locate(path: Path, variant: str | None = None) -> Graph:
     return _existing(Graph(path, variant or _variant_of(file), file))
 
 
+def refuse_unsafe(graph: Graph) -> None:
+    """Raise ArtifactError unless a runtime may load a graph with the settings and the tokenizer that lie above it."""
+    refuse_unsafe_configs(graph.root)
+    read_runtime_config(graph.root / GENAI_CONFIG)
+    refuse_unsafe_graph(graph.root, graph.file)
+
+
 def default_file(folder: Path) -> str:
-    """Relative path of the graph that onnxruntime-genai loads by itself; raises EngineError if its settings do not."""
+    """Relative path of the graph that onnxruntime-genai loads by itself.
+
+    Raises EngineError if its settings do not say, ArtifactError if they are not safe to follow.
+    """
     path = folder / GENAI_CONFIG
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["model"]["decoder"]["filename"])
+        return str(read_runtime_config(path)["model"]["decoder"]["filename"])
+    except ArtifactError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EngineError(
             f"{path}: cannot be used ({type(error).__name__}: {error}); give an artifact's folder"

@@ -593,20 +593,48 @@ def inspect(
 @guarded
 def verify(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of an exported artifact.")],
-    no_golden: Annotated[bool, typer.Option("--no-golden", help="Check the files only; load no model.")] = False,
+    no_golden: Annotated[bool, typer.Option("--no-golden", help="Load no model; golden prompts are not run.")] = False,
+    public_key: Annotated[
+        Path | None, typer.Option("--public-key", metavar="KEY.pem", help="Key that the signature must be of.")
+    ] = None,
     require: Annotated[bool, typer.Option("--require", help="Count a check that could not run as failed.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check a shipped artifact against its own manifest: hashes of every file, gates, golden prompts."""
-    from distill import api
-    from distill.export.verify import refuse_failed
+    """Check a shipped artifact: every file's hash, settings, bill of materials, card, signature, gates, golden prompts.
 
-    checks = api.verify(artifact, golden=not no_golden)
+    Needs neither torch nor transformers.
+    """
+    from distill import api
+    from distill.export.verify import refuse_failed, summary
+
+    checks = api.verify(artifact, golden=not no_golden, public_key=public_key)
     if as_json:
         print_json([check._asdict() for check in checks])
     else:
-        print_table(["check", "result", "detail"], [[check.name, check.status, check.detail] for check in checks])
+        rows = [[check.name, check.status.replace("_", " "), check.detail] for check in checks]
+        print_table(["check", "result", "detail"], rows)
+        print(f"\n{summary(checks)}")
     refuse_failed(checks, require)
+
+
+@app.command("sign")
+@guarded
+def sign(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of an exported artifact.")],
+    key: Annotated[
+        Path | None,
+        typer.Option("--key", metavar="KEY.pem", help="Private key; by default the one DISTILL_SIGNING_KEY names."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sign an artifact with a private key, over all of its files; `verify --public-key` checks the signature."""
+    from distill import api
+
+    signature = api.sign(artifact, key)
+    if as_json:
+        print_json({"signature": str(signature)})
+    else:
+        print(signature)
 
 
 @app.command("check")

@@ -1182,6 +1182,8 @@ class ExportConfig(Section):
     """Graphs to make; the last one is what onnxruntime-genai loads by itself."""
     model: str | None = None
     """Checkpoint to export where the recipe trains none: a folder or hub id."""
+    licence: str | None = unhashed(None)
+    """Licence of `model`, carried into the artifact's manifest and card."""
     set: str = "heldout"
     """Evaluation set of the task gate."""
     gates: Gates = Gates()

@@ -15,7 +15,8 @@ from distill.verifiers.sandbox import REMEDY, sandbox_problem
 
 EXTRAS = {
     "train": ("torch", "transformers", "accelerate", "safetensors", "datasets", "pyarrow", "gguf", "jinja2", "peft"),
-    "export": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir"),
+    "export": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir", "cyclonedx"),
+    "sign": ("model_signing", "OpenSSL"),
     "harness": ("lm_eval",),
     "track": ("tensorboard",),
     "sweep": ("optuna",),

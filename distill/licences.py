@@ -126,11 +126,14 @@ def contradictions(stated: Sequence[Stated]) -> Iterator[str]:
         yield f"Each of these asks that works made from it keep its own terms, so they contradict one another: {parts}."
 
 
-def model_terms(base: Stated, teachers: Sequence[Stated]) -> Iterator[str]:
-    """What some models' licences ask of a model that is made from them or from what they write, a sentence each."""
+def model_terms(base: Stated, teachers: Sequence[Stated], name: str = "") -> Iterator[str]:
+    """What some models' licences ask of a model that is made from them or from what they write, a sentence each.
+
+    `name` is that model's: what it fulfils already is left out.
+    """
     ids = {one: hub_id(one.licence) for one in (base, *teachers) if one.licence}
     for one, known in ids.items():
-        if known in NAMED_LLAMA:
+        if known in NAMED_LLAMA and not name.startswith(NAMED_LLAMA[known]):
             yield f"{text(one.whose)}: `{known}` asks that this model's name begin with `{NAMED_LLAMA[known]}`."
     for one in teachers:
         known = ids.get(one)

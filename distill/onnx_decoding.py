@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.artifact import GENAI_CONFIG, locate
-from distill.errors import EngineError, MissingExtraError
+from distill.artifact import GENAI_CONFIG, locate, refuse_unsafe
+from distill.errors import ArtifactError, EngineError, MissingExtraError
+from distill.untrusted import read_runtime_config, refuse_unsafe_graph
 
 Logits = NDArray[np.float32]
 
@@ -49,10 +50,13 @@ class Shape:
 
 
 def read_shape(folder: Path) -> Shape:
-    """The shape of an artifact's model; raises EngineError if its genai_config.json is absent or not usable."""
+    """The shape of an artifact's model.
+
+    Raises EngineError if its genai_config.json is absent or not usable, ArtifactError if it is not safe to follow.
+    """
     path = folder / GENAI_CONFIG
     try:
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        model = read_runtime_config(path)["model"]
         decoder, ends = model["decoder"], model["eos_token_id"]
         return Shape(
             layers=int(decoder["num_hidden_layers"]),
@@ -62,6 +66,8 @@ def read_shape(folder: Path) -> Shape:
             context=int(model["context_length"]),
             end_ids=tuple(ends) if isinstance(ends, list) else (int(ends),),
         )
+    except ArtifactError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EngineError(
             f"{path}: cannot be used ({type(error).__name__}: {error}); give an artifact's folder"
@@ -114,7 +120,8 @@ class OnnxDecoder:
 
     `path` and `variant` are those of `distill.artifact.locate`.
     `max_batch` rows decode together, fewer if their cache at full length would exceed `cache_gb`. Raises
-    MissingExtraError without onnxruntime, EngineError if the graph cannot be loaded.
+    MissingExtraError without onnxruntime, EngineError if the graph cannot be loaded, ArtifactError if it or its
+    settings lead out of the folder.
     """
 
     def __init__(
@@ -137,6 +144,7 @@ class OnnxDecoder:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors only: warnings are about the optimiser, not about results
         path = self.graph.path
+        refuse_unsafe_graph(self.graph.root, self.graph.file)
         try:
             return self._runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exceptions share no public base
@@ -320,11 +328,13 @@ def nucleus(probabilities_V: NDArray[np.float64], top_p: float) -> NDArray[np.in
 class GenaiDecoder:
     """A graph of an artifact, loaded by onnxruntime-genai unmodified; threads and the variant are overlaid in memory.
 
-    Raises MissingExtraError without onnxruntime-genai, EngineError if the graph cannot be loaded.
+    Raises MissingExtraError without onnxruntime-genai, EngineError if the graph cannot be loaded, ArtifactError if
+    files of the folder lead out of it or are not safe to parse.
     """
 
     def __init__(self, path: Path, threads: int, variant: str | None = None) -> None:
         graph = locate(path, variant)
+        refuse_unsafe(graph)
         self._genai = _import("onnxruntime_genai")
         decoder = {"filename": graph.file, "session_options": {"intra_op_num_threads": threads}}
         try:

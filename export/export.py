@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.artifact import graph_bytes
+from distill.artifact import VARIANT_FILES, graph_bytes, locate
 from distill.config import ExportConfig, Recipe
 from distill.errors import ExportError, MissingExtraError
 from distill.evaluation import difference, evaluate, load_summary, onnx_engine, read_items, retained
@@ -18,39 +18,46 @@ from distill.format import set_template
 from distill.models import ModelSource, find_model, load_config, load_model, load_tokenizer, set_threads
 from distill.onnx_decoding import GenaiDecoder, OnnxDecoder
 from distill.plan import set_sources
-from distill.progress import progress
+from distill.progress import progress, say
 from distill.records import write_json
-from distill.runs import PARTIAL, OpenRun, RunOptions, SealedRun, Step, file_digest, library_versions, open_run
+from distill.runs import LIBRARIES, PARTIAL, OpenRun, RunOptions, SealedRun, Step, library_versions, open_run
 
 from .attempts import Climbing, Tried, climb, read_tried, rungs_of
-from .card import write_card
+from .bom import write_bom
+from .card import card, first_messages
 from .gates import accuracy_gate, gain_gate, loader_gate, not_passed, refuse_failures
-from .graph import refuse_unsupported
+from .graph import refuse_unsupported, weight_bytes
 from .manifest import (
+    BOM_FILE,
     CARD_FILE,
+    Attempt,
     Draft,
     GateEntry,
     GoldenPrompt,
-    ModelOrigin,
-    Origins,
+    hash_files,
     result_digest,
     write_manifest,
 )
 from .measure import Measured, TorchStudent, measure
+from .origins import ancestry_of_export, evaluated, licence_reading, origins
 from .quantize import Rounded, gptq
 from .schemes import Scheme
 from .texts import Texts, calibration_texts, comparison_texts, held_out
 
+TOOLS = (*LIBRARIES, "onnx", "onnx-ir", "cyclonedx-python-lib")
+"""Libraries that the manifest names with their versions."""
+PACKAGES = {"cyclonedx": "cyclonedx-python-lib"}
+"""Packages that are installed under another name than they are imported by."""
 GOLDEN_TOKENS = 32
 
 
 def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
     """Refuse missing packages and models that the exporter would drop something of."""
-    for package in ("onnxruntime", "onnxruntime_genai", "onnx_ir"):
+    for package in ("onnxruntime", "onnxruntime_genai", "onnx_ir", "cyclonedx"):
         try:
             __import__(package)
         except ImportError as error:
-            raise MissingExtraError(package.replace("_", "-"), "export") from error
+            raise MissingExtraError(PACKAGES.get(package, package.replace("_", "-")), "export") from error
     export = _export(recipe)
     name = export.model or (recipe.student.init if recipe.student else "")
     config = load_config(find_model(name))
@@ -197,61 +204,59 @@ def package(
     golden: list[GoldenPrompt],
     tried: Mapping[str, Sequence[Tried]],
 ) -> SealedRun | None:
-    """Write the card and the manifest; seal unless a gate failed."""
+    """Write bill of materials, card and manifest; seal unless a gate failed."""
     artifact = run.path("artifact")
     export = _export(recipe)
+    ancestry = ancestry_of_export(recipe, step)
     sizes: dict[str, int] = {variant: graph_bytes(artifact, variant) for variant in export.variants}
     summaries: dict[str, dict[str, Any]] = {
         variant: dict(load_summary(run.path(f"eval-{variant}")))
         for variant in export.variants
         if recipe.evaluate is not None and "prompts" in step.upstream
     }
-    card = write_card(recipe, step, gates, summaries, sizes)
-    (artifact / CARD_FILE).write_text(card, encoding="utf-8")
     timed = {"tokens", "seconds", "tokens_per_s"}
-    manifest = write_manifest(
-        artifact,
-        Draft(
-            name=recipe.name,
-            variants=tuple(export.variants),
-            origins=origins(recipe, step),
-            tools=library_versions(),
-            options={
-                "variants": {variant: tried[variant][-1].scheme for variant in export.variants},
-                "gates": export.gates.model_dump(mode="json"),
-            },
-            gates=tuple(gates),
-            golden=tuple(golden),
-            measured={
-                "build_seconds": {variant: tried[variant][-1].build_seconds for variant in export.variants},
-                "evaluation": {v: {k: s[k] for k in timed if k in s} for v, s in summaries.items()},
-            },
-        ),
+    draft = Draft(
+        name=recipe.name,
+        variants=tuple(export.variants),
+        default=locate(artifact).variant,
+        origins=origins(recipe, step, ancestry),
+        licences=licence_reading(ancestry),
+        tools=library_versions(TOOLS),
+        options={
+            "variants": {variant: tried[variant][-1].scheme for variant in export.variants},
+            "gates": export.gates.model_dump(mode="json"),
+        },
+        gates=tuple(gates),
+        evaluation=tuple(evaluated(recipe, step, summaries)),
+        attempts=tuple(_attempt(variant, one) for variant in export.variants for one in tried[variant]),
+        golden=tuple(golden),
+        measured={
+            "build_seconds": {variant: tried[variant][-1].build_seconds for variant in export.variants},
+            "evaluation": {v: {k: s[k] for k in timed if k in s} for v, s in summaries.items()},
+        },
     )
+    for question in draft.licences.questions:
+        say(f"export: warning: {question}")
+    files = {name: entry for name, entry in hash_files(artifact).items() if name not in (BOM_FILE, CARD_FILE)}
+    write_bom(artifact, draft, files)
+    parts = {str(one): weight_bytes(artifact / VARIANT_FILES[one])._asdict() for one in export.variants}
+    readme = card(draft, files, ancestry, first_messages(recipe, step), parts)
+    (artifact / CARD_FILE).write_text(readme, encoding="utf-8")
+    manifest = write_manifest(artifact, draft, files)
     if not_passed(gates, run.options.require):
         return None
     return run.seal(digest=result_digest(manifest), counts={"bytes": sizes, "evaluation": summaries, **_tally(gates)})
+
+
+def _attempt(variant: str, one: Tried) -> Attempt:
+    """What was tried, without its times."""
+    return Attempt(variant=variant, scheme=one.scheme, bytes=one.bytes, gates=one.gates, chosen=one.chosen)
 
 
 def _tally(gates: Sequence[GateEntry]) -> dict[str, int]:
     return {
         f"gates_{status}": sum(gate.status == status for gate in gates) for status in ("passed", "failed", "not_run")
     }
-
-
-def origins(recipe: Recipe, step: Step) -> Origins:
-    """Whose weights and words are in the artifact."""
-    name, revision = _source(recipe)
-    base = ModelOrigin(id=name, revision=revision, licence=recipe.student.licence if recipe.student else None)
-    if "model" not in step.upstream:
-        return Origins(student=base)
-    weights = step.result("model").path("model/model.safetensors")
-    student = ModelOrigin(id=step.upstream["model"].folder.name, revision=file_digest(weights), licence=base.licence)
-    teacher = recipe.teacher
-    if teacher is None:
-        return Origins(student=student, base=base)
-    taught = ModelOrigin(id=teacher.model or teacher.engine, revision=teacher.revision, licence=teacher.licence)
-    return Origins(student=student, base=base, teacher=taught)
 
 
 def _source(recipe: Recipe) -> tuple[str, str]:

@@ -6,11 +6,10 @@ checked before anything is read, and no heavy library is loaded. Numbers that ch
 live in `measured`, which `result_digest` leaves out.
 """
 
-import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,11 +18,14 @@ from distill.artifact import VARIANT_FILES
 from distill.errors import ArtifactError
 from distill.records import digest_json, write_json
 from distill.runs import file_digest
+from distill.untrusted import bad_name, file_in, parse_json, read_bounded
 
 MANIFEST_FILE = "manifest.json"
 CARD_FILE = "README.md"
-LARGEST_MANIFEST = 16 << 20
-"""Bytes of manifest.json that are read at most: golden prompts of a few thousand tokens fit a hundred times."""
+BOM_FILE = "bom.cdx.json"
+SIGNATURE_FILE = "model.sig"
+UNLISTED = (MANIFEST_FILE, SIGNATURE_FILE)
+"""Files that the manifest does not list: itself, and the signature, which signs the manifest too."""
 DEEPEST_FOLDER = 8
 
 GateStatus = Literal["passed", "failed", "not_run"]
@@ -45,8 +47,33 @@ class ModelOrigin(_Part):
     """Hub id, package or folder name; for the student its run."""
     revision: str | None = None
     """Commit or digest of its weights."""
+    engine: str | None = None
+    """What ran a teacher, with its version."""
     licence: str | None = None
     """SPDX expression or the licence's own name; None where unknown."""
+
+
+class DataOrigin(_Part):
+    """What trained the student."""
+
+    id: str
+    """Folder name of the select run."""
+    digest: str
+    """Result digest of that run: of its examples, in order."""
+    examples: int = Field(ge=0)
+    """Verified traces in it."""
+    tokens: int | None = Field(default=None, ge=0)
+    """Tokens that all phases went through, prompts included, every epoch counted; None where one was not counted."""
+    licences: dict[str, tuple[str | None, ...]] = {}
+    """Licences of its prompts by source, and of replayed sets."""
+
+
+class RecipeOrigin(_Part):
+    """The experiment."""
+
+    name: str
+    identity: str
+    """Of the export step: a hash over its options and, stage by stage, over everything that it was made from."""
 
 
 class Origins(_Part):
@@ -54,7 +81,19 @@ class Origins(_Part):
 
     student: ModelOrigin
     base: ModelOrigin | None = None
-    teacher: ModelOrigin | None = None
+    teachers: tuple[ModelOrigin, ...] = ()
+    """Of the traces, then of learned distributions."""
+    data: DataOrigin | None = None
+    recipe: RecipeOrigin | None = None
+
+
+class LicenceReading(_Part):
+    """What the licences of everything in the artifact come to, by their names."""
+
+    licence: str
+    """Id that hubs know, `other` where terms meet that no one id says, or `unknown`."""
+    questions: tuple[str, ...] = ()
+    """What is to be settled before the artifact is passed on, contradictions among them: Markdown."""
 
 
 class FileEntry(_Part):
@@ -87,6 +126,34 @@ class GoldenPrompt(_Part):
     """New tokens, the end token included where it was reached."""
 
 
+class Evaluated(_Part):
+    """Verified accuracy of one model on one set."""
+
+    model: str
+    """A variant, or `student`, `base` or `teacher` in torch."""
+    set: str
+    problems: int = Field(ge=0)
+    accuracy: float
+    low: float
+    """Ends of the 95% interval."""
+    high: float
+    mean_tokens: float | None = None
+    stop_rate: float | None = None
+    """Share of answers that ended by themselves."""
+
+
+class Attempt(_Part):
+    """One way of storing a variant's weights that was tried."""
+
+    variant: VariantName
+    scheme: str
+    """How the weights are stored, in words."""
+    bytes: int = Field(ge=0)
+    gates: tuple[GateEntry, ...] = ()
+    chosen: bool = False
+    """Whether it is the one that ships."""
+
+
 class Draft(_Part):
     """A manifest before its files are hashed."""
 
@@ -94,21 +161,30 @@ class Draft(_Part):
     name: str
     variants: tuple[VariantName, ...] = Field(min_length=1)
     """Graphs in the folder; where each lies is `distill.artifact.VARIANT_FILES`."""
+    default: VariantName
+    """The variant that onnxruntime-genai loads where none is asked for."""
     origins: Origins
+    licences: LicenceReading = LicenceReading(licence="unknown")
     tools: dict[str, str] = {}
     """Versions of the libraries that made the files."""
     options: dict[str, Any] = {}
     """Export options, as far as they shape the files."""
     gates: tuple[GateEntry, ...] = ()
+    evaluation: tuple[Evaluated, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
+    """What was tried for each variant, in order, where more than one scheme may be."""
     golden: tuple[GoldenPrompt, ...] = ()
     measured: dict[str, Any] = {}
-    """Times, speeds and everything else that may differ between equal runs."""
+    """Times, speeds, benchmarks (`bench`) and everything else that may differ between equal runs."""
 
     @model_validator(mode="after")
     def _variants_are_known(self) -> Self:
         named = {gate.variant for gate in self.gates if gate.variant} | {golden.variant for golden in self.golden}
+        named |= {attempt.variant for attempt in self.attempts}
         if unknown := sorted(named - set(self.variants)):
-            raise ValueError(f"gates or golden prompts of {unknown[0]!r}, which is not among the variants")
+            raise ValueError(f"gates, golden prompts or attempts of {unknown[0]!r}, which is not among the variants")
+        if self.default not in self.variants:
+            raise ValueError(f"default is {self.default!r}, which is not among the variants")
         return self
 
 
@@ -116,16 +192,26 @@ class Manifest(Draft):
     """The content of manifest.json."""
 
     files: dict[str, FileEntry]
-    """Every file of the folder but the manifest itself, by relative POSIX path."""
+    """Every file of the folder but the manifest itself and a signature, by relative POSIX path."""
 
 
-def write_manifest(folder: Path, draft: Draft) -> Manifest:
-    """Hash every file in `folder` and write manifest.json beside them, complete or not at all.
+def hash_files(folder: Path) -> dict[str, FileEntry]:
+    """Every file of `folder` that a manifest lists, by relative POSIX path.
 
     Raises ArtifactError if a file could not be shipped under its name: a link out of the folder, an unportable name.
     """
-    files = {name: _entry(folder / name) for name in _list_files(folder)}
+    return {name: _entry(folder / name) for name in _list_files(folder)}
+
+
+def write_manifest(folder: Path, draft: Draft, hashed: Mapping[str, FileEntry] | None = None) -> Manifest:
+    """Write manifest.json over every file in `folder`, complete or not at all; a signature of an older one is removed.
+
+    `hashed` are files that need not be hashed again. Raises ArtifactError as `hash_files`.
+    """
+    known = hashed or {}
+    files = {name: known.get(name) or _entry(folder / name) for name in _list_files(folder)}
     manifest = Manifest(**dict(draft), files=files)
+    (folder / SIGNATURE_FILE).unlink(missing_ok=True)
     write_json(folder / MANIFEST_FILE, manifest.model_dump(mode="json", by_alias=True))
     return manifest
 
@@ -145,9 +231,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{folder}: has no {MANIFEST_FILE}; not an artifact, or not a complete one") from None
     if not stat.S_ISREG(status.st_mode):
         raise ArtifactError(f"{path}: is not a regular file")
-    if status.st_size > LARGEST_MANIFEST:
-        raise ArtifactError(f"{path}: has {status.st_size:,} bytes; a manifest has at most {LARGEST_MANIFEST:,}")
-    return _parse(path, path.read_bytes())
+    return _parse(path, read_bounded(path))
 
 
 def verify_files(folder: Path) -> Manifest:
@@ -178,58 +262,34 @@ def result_digest(manifest: Manifest) -> str:
 
 
 def _parse(path: Path, text: bytes) -> Manifest:
+    content = parse_json(path, text)
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != 1:
+        raise ArtifactError(f"{path}: has schema {schema!r}; this version reads schema 1")
     try:
-        content = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-        schema = content.get("schema") if isinstance(content, dict) else None
-        if schema != 1:
-            raise ArtifactError(f"{path}: has schema {schema!r}; this version reads schema 1")
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part)[:80] for part in first["loc"]) or "top level"
         raise ArtifactError(f"{path}: {where}: {first['msg']} ({error.error_count()} in all)") from error
-    except RecursionError as error:
-        raise ArtifactError(f"{path}: is nested too deeply") from error
-    except ArtifactError:
-        raise
-    except ValueError as error:
-        raise ArtifactError(f"{path}: is not a JSON document: {error}") from error
     for name in manifest.files:
-        if reason := _bad_name(name):
+        if reason := _bad_entry(name):
             raise ArtifactError(f"{path}: file name {name[:120]!r} {reason}")
     return manifest
 
 
-def _no_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a key appears twice in one object")
-    return content
-
-
-def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is not a JSON number")
-
-
-def _bad_name(name: str) -> str | None:
-    """What is wrong with a relative file name; None for one that means the same inside any folder on any system."""
-    if not name or any(ord(c) < 32 or c in '\\:*?"<>|' for c in name):
-        return "has characters that a portable name has not"
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        return "leads out of the folder"
-    if str(path) != name or name == ".":
-        return "is not in its plain form"
-    if name == MANIFEST_FILE:
-        return "is the manifest itself, which cannot hold its own hash"
-    return None
+def _bad_entry(name: str) -> str | None:
+    """What is wrong with the name of a listed file."""
+    if name in UNLISTED:
+        return "is not for the manifest, which cannot hold its own hash nor that of its signature"
+    return bad_name(name)
 
 
 def _list_files(folder: Path) -> list[str]:
-    """Sorted relative names of all files but the manifest; raises ArtifactError for what an artifact may not hold."""
-    names = sorted(name for name in _walk(folder, "", 0) if name != MANIFEST_FILE)
+    """Sorted relative names of what a manifest lists; raises ArtifactError for what an artifact may not hold."""
+    names = sorted(name for name in _walk(folder, "", 0) if name not in UNLISTED)
     for name in names:
-        if reason := _bad_name(name):
+        if reason := bad_name(name):
             raise ArtifactError(f"{folder}: file name {name!r} {reason}")
     return names
 
@@ -242,7 +302,7 @@ def _walk(folder: Path, prefix: str, depth: int) -> Iterator[str]:
         for entry in entries:
             name = f"{prefix}{entry.name}"
             if entry.is_symlink():
-                _check_link(Path(entry.path), name, folder)
+                file_in(folder, name)
                 yield name
             elif entry.is_dir():
                 yield from _walk(folder, f"{name}/", depth + 1)
@@ -250,17 +310,6 @@ def _walk(folder: Path, prefix: str, depth: int) -> Iterator[str]:
                 yield name
             else:
                 raise ArtifactError(f"{folder}: {name} is neither a file nor a folder")
-
-
-def _check_link(path: Path, name: str, folder: Path) -> None:
-    try:
-        target = path.resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop, before Python 3.13
-        raise ArtifactError(f"{folder}: {name} is a link to no file") from error
-    if not target.is_relative_to(folder.resolve()):
-        raise ArtifactError(f"{folder}: {name} is a link that leads out of the folder")
-    if not target.is_file():
-        raise ArtifactError(f"{folder}: {name} is a link to no file")
 
 
 def _problems(folder: Path, manifest: Manifest) -> Iterator[str]:

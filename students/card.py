@@ -7,8 +7,7 @@ addresses of servers are left out, and no name can break its Markdown.
 
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,77 +16,30 @@ import yaml
 from pydantic import BaseModel
 
 from distill import __version__
-from distill.cards import (
-    code,
-    fenced,
-    is_hub_id,
-    markdown_table,
-    origin,
-    published,
-    sampling,
-    text,
-    without_folders,
+from distill.ancestry import (
+    Ancestry,
+    Base,
+    ancestry_of,
+    chain,
+    counts_of_step,
+    hub_header,
+    licence_section,
+    shown_model,
 )
-from distill.config import (
-    HubSource,
-    KdPhase,
-    PromptSource,
-    Recipe,
-    Replay,
-    StudentConfig,
-    TeacherConfig,
-    TeacherModel,
-    is_hashed,
-)
-from distill.errors import ModelError
+from distill.cards import code, fenced, markdown_table, origin, published, sampling, text, without_folders
+from distill.config import KdPhase, Recipe, StudentConfig, is_hashed
 from distill.format import with_system
-from distill.licences import MODEL, Stated, in_table, model_fields, model_terms, problems
-from distill.models import find_model
+from distill.licences import in_table
 from distill.prompts import placeholders, render
-from distill.records import Example, Message, read_records
+from distill.records import Message
 from distill.rows import Row
-from distill.runs import PARTIAL, Step, library_versions, open_sealed
+from distill.runs import PARTIAL, Step, library_versions
 
 CARD_FILE = "README.md"
 TAGS = ("reasoning", "knowledge-distillation", "distill")
 VERSIONS = ("distill", "torch", "transformers", "tokenizers", "safetensors", "peft")
 QUESTION = "What is 17 + 25?"
 """What the code in the card asks, in the words of the largest prompt source."""
-
-
-class Source(NamedTuple):
-    """A prompt source as far as it trains."""
-
-    name: str
-    config: PromptSource | None
-    """Its part of the recipe."""
-    licences: frozenset[str | None]
-    """As its prompts state them."""
-    examples: int
-    first: str
-    """Its first prompt that trains; shown only where a generator made it, since others may be nobody's business."""
-
-
-class Taught(NamedTuple):
-    """Who wrote the examples."""
-
-    model: str
-    revision: str | None
-    engine: str
-    licences: frozenset[str | None]
-    """By its traces and by the recipe."""
-    examples: int | None
-    """None where they were not counted."""
-
-
-class Base(NamedTuple):
-    """What the first phase started from."""
-
-    name: str
-    hub_id: str | None
-    root: str
-    """Its content: a sha256, or the id and the commit of the hub; empty where that is not known."""
-    licence: str | None
 
 
 class PhaseRun(NamedTuple):
@@ -103,12 +55,9 @@ class PhaseRun(NamedTuple):
 class CardFacts:
     """What a card is made from; `facts_of` makes one."""
 
-    recipe: Recipe
     identity: str
     """Of the train run."""
-    base: Base
-    sources: Sequence[Source]
-    teachers: Sequence[Taught]
+    ancestry: Ancestry
     selection: Mapping[str, Any]
     """What the select run counted."""
     phases: Sequence[PhaseRun]
@@ -120,19 +69,15 @@ class CardFacts:
     """What the prune run counted; empty where there was none."""
 
     @property
+    def recipe(self) -> Recipe:
+        """The recipe it was trained by."""
+        return self.ancestry.recipe
+
+    @property
     def student(self) -> StudentConfig:
         """The recipe's student."""
         assert self.recipe.student is not None  # there would be no checkpoint
         return self.recipe.student
-
-    @property
-    def replayed(self) -> list[tuple[int, int, Replay]]:
-        """(phase, place in its list, set) of every replay set."""
-        return [
-            (run.number, place, one)
-            for run in self.phases
-            for place, one in enumerate(getattr(run.phase, "replay", []))
-        ]
 
 
 # --- facts ----------------------------------------------------------------------------------------------------------
@@ -148,80 +93,21 @@ def facts_of(
     where the select run is not what was sealed.
     """
     assert recipe.student is not None  # the plan has no train step without it
-    selected = step.result("examples")
-    chain = list(_chain(step))
+    ancestry, steps = ancestry_of(recipe, step), list(chain(step))
     phases = [
-        PhaseRun(number, recipe.student.phases[number], counts if one is step else _counts(one))
-        for one in chain
+        PhaseRun(number, recipe.student.phases[number], counts if one is step else counts_of_step(one))
+        for one in steps
         if (number := one.args.get("phase")) is not None
     ]
     return CardFacts(
-        recipe=recipe,
         identity=step.identity,
-        base=_base(recipe.student, chain),
-        sources=_sources(recipe, selected.path("examples.jsonl")),
-        teachers=_teachers(recipe.teacher, selected.counts.get("teachers", ())),
-        selection=selected.counts,
+        ancestry=ancestry,
+        selection=ancestry.examples.counts if ancestry.examples else {},
         phases=phases,
         looks=list(monitor_rows),
         versions=library_versions(VERSIONS),
-        pruned=next((_counts(one) for one in chain if one.stage == "prune"), {}),
+        pruned=next((counts_of_step(one) for one in steps if one.stage == "prune"), {}),
     )
-
-
-def _chain(step: Step) -> Iterator[Step]:
-    """The steps that made a model, the first one first."""
-    if "model" in step.upstream:
-        yield from _chain(step.upstream["model"])
-    yield step
-
-
-def _counts(step: Step) -> Mapping[str, Any]:
-    return open_sealed(step.folder, check=False).counts
-
-
-def _base(student: StudentConfig, chain: Iterable[Step]) -> Base:
-    try:
-        on_hub = find_model(student.init, student.revision).folder is None and is_hub_id(student.init)
-    except ModelError:  # a later phase does without it
-        on_hub = False
-    known = [step.fields["base"] for step in chain if isinstance(step.fields.get("base"), Mapping)]
-    root = str(known[0].get("root", "")) if known else ""
-    return Base(without_folders(student.init), student.init if on_hub else None, root, student.licence)
-
-
-def _sources(recipe: Recipe, examples: Path) -> list[Source]:
-    """Who asked what trains, most examples first."""
-    numbers, licences, firsts = Counter[str](), dict[str, set[str | None]](), dict[str, str]()
-    for example in read_records(examples, Example):
-        name = example.prompt.source
-        numbers[name] += 1
-        licences.setdefault(name, set()).add(example.prompt.licence)
-        firsts.setdefault(name, example.prompt.text)
-    configs = {source.name: source for source in recipe.prompts}
-    return [
-        Source(name, configs.get(name), frozenset(licences[name]), number, firsts[name])
-        for name, number in numbers.most_common()
-    ]
-
-
-def _teachers(asked: TeacherConfig | None, counted: Iterable[Mapping[str, Any]]) -> list[Taught]:
-    """As the select run counted them; a run of an earlier version did not, so what the recipe asked stands for them."""
-    stated = asked.licence if asked else None
-    found = [
-        Taught(
-            without_folders(str(one["model"])) or str(one["engine"]),
-            one["revision"],
-            f"{one['engine']} {one['engine_version']}".strip(),
-            frozenset({licence for licence in (one["licence"], stated) if licence} or {None}),
-            int(one["examples"]),
-        )
-        for one in counted
-    ]
-    if not found and asked:
-        model = without_folders(asked.model) or asked.engine
-        found = [Taught(model, asked.revision, asked.engine, frozenset({stated}), None)]
-    return found
 
 
 # --- the card -------------------------------------------------------------------------------------------------------
@@ -244,49 +130,29 @@ def card(facts: CardFacts) -> str:
 
 
 def header(facts: CardFacts) -> str:
-    """What hubs read: ids that hubs have, and nothing else."""
-    base, *others = stated_licences(facts)
-    plain = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        **model_fields(base.licence, others),
-        **({"base_model": facts.base.hub_id} if facts.base.hub_id else {}),
-        **({"datasets": sets} if (sets := hub_sets(facts)) else {}),
-        "tags": list(TAGS),
-    }
-    return "---\n" + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True) + "---"
-
-
-def hub_sets(facts: CardFacts) -> list[str]:
-    """Ids of the hub's data sets in what trained: prompts, recorded traces, replay sets."""
-    teacher = facts.recipe.teacher
-    recorded = teacher.recorded.hub if teacher and teacher.recorded else None
-    found = [
-        *(source.config.hub for source in facts.sources if source.config),
-        recorded,
-        *(one.hub for _, _, one in facts.replayed),
-    ]
-    return list(dict.fromkeys(hub.id for hub in found if isinstance(hub, HubSource) and is_hub_id(hub.id)))
+    """What hubs read."""
+    return hub_header(facts.ancestry, "transformers", TAGS)
 
 
 def opening(facts: CardFacts) -> str:
     """The first paragraph: what it is."""
-    teachers = list(dict.fromkeys(text(one.model) for one in facts.teachers))
+    teachers = list(dict.fromkeys(text(one.model) for one in facts.ancestry.teachers))
     asked = facts.recipe.teacher
     taught = "worked solutions that a program wrote" if asked and asked.engine == "solver" else ", ".join(teachers)
+    examples = counted(sum(source.examples for source in facts.ancestry.sources), "example")
     writes = "It writes its answer at once."
     if facts.recipe.select.reasoning != "none":
         markers = facts.recipe.format
         writes = f"It writes its reasoning, ended by {code(markers.close_marker)}, and then its answer."
     return (
         f"# {facts.recipe.name}\n\nA causal language model distilled with distill {__version__}: {based_on(facts)} was"
-        f" trained on {counted(sum(source.examples for source in facts.sources), 'example')} of {taught}. {writes}"
+        f" trained on {examples} of {taught}. {writes}"
     )
 
 
 def based_on(facts: CardFacts) -> str:
     """The base, in words."""
-    base, prune = facts.base, facts.student.prune
+    base, prune = facts.ancestry.base, facts.student.prune
     link = f"[{text(base.name)}](https://huggingface.co/{base.hub_id})" if base.hub_id else code(base.name)
     return f"a pruned {link}" if prune else link
 
@@ -338,7 +204,7 @@ def _marker(recipe: Recipe) -> str:
 
 def user_turn(facts: CardFacts) -> str:
     """A generated problem, or else a question in the words that the largest prompt source puts around it."""
-    largest = next((one for one in facts.sources if one.config), None)
+    largest = next((one for one in facts.ancestry.sources if one.config), None)
     if largest is None or largest.config is None:
         return QUESTION
     source = largest.config
@@ -367,12 +233,12 @@ def prompts(facts: CardFacts) -> str:
     """Where the prompts come from, and how they are worded."""
     rows = [
         [text(one.name), origin(one.config) if one.config else "", in_table(one.licences), f"{one.examples:,}"]
-        for one in facts.sources
+        for one in facts.ancestry.sources
     ]
     worded = [
         f"- {text(one.name)}: {code(repr(one.config.template))}"
         + (f", where the instruction is {code(repr(one.config.instruction))}" if one.config.instruction else "")
-        for one in facts.sources
+        for one in facts.ancestry.sources
         if one.config and one.config.template != "{question}"
     ]
     return "## Training data\n\n### Prompts\n\n" + "\n\n".join(
@@ -393,7 +259,7 @@ def teacher(facts: CardFacts) -> str:
             in_table(one.licences),
             "not counted" if one.examples is None else f"{one.examples:,}",
         ]
-        for one in facts.teachers
+        for one in facts.ancestry.teachers
     ]
     if not rows:
         return ""
@@ -402,21 +268,9 @@ def teacher(facts: CardFacts) -> str:
     return f"### Teacher\n\n{table}\n\n" + "\n".join(drawn)
 
 
-def distributions(facts: CardFacts) -> list[TeacherModel]:
-    """The models whose distributions were learned; none where every phase learned from text alone."""
-    logprobs = facts.recipe.logprobs
-    learned = any(isinstance(run.phase, KdPhase) for run in facts.phases)
-    return list(logprobs.teachers) if logprobs and learned else []
-
-
-def shown_model(one: TeacherModel) -> str:
-    """A model by its hub id, a local one by its name."""
-    return one.model if is_hub_id(one.model) else one.name
-
-
 def distribution_teachers(facts: CardFacts) -> str:
     """Whose distributions were learned, and in what form."""
-    models, logprobs = distributions(facts), facts.recipe.logprobs
+    models, logprobs = facts.ancestry.distributions, facts.recipe.logprobs
     if not models or logprobs is None:
         return ""
     shares = logprobs.weights()
@@ -462,7 +316,7 @@ def replay(facts: CardFacts) -> str:
     """Other chats that were mixed in."""
     rows = [
         [str(phase), text(one.name), origin(one), in_table([one.licence]), f"{one.weight:g}"]
-        for phase, _, one in facts.replayed
+        for phase, _, one in facts.ancestry.replayed
     ]
     if not rows:
         return ""
@@ -492,7 +346,7 @@ DIFFERS_BY_RUN = re.compile(r"seconds|_s$|_gb$|_mb$|bytes|memory")
 def training(facts: CardFacts) -> str:
     """What was done: the settings of each phase and what it counted."""
     student, numbers = facts.student, [f"phase {run.number}" for run in facts.phases]
-    lines = [f"- Started from {code(facts.base.name)}{content_of(facts.base)}."]
+    lines = [f"- Started from {code(facts.ancestry.base.name)}{content_of(facts.ancestry.base)}."]
     if student.prune:
         asked = flat(published(student.prune)) | counts_of(facts.pruned)
         cut = "; ".join(f"{key.replace('_', ' ')} {text(shown(value))}" for key, value in asked.items())
@@ -630,49 +484,9 @@ def figure(key: str, value: float) -> str:
 # --- licences -------------------------------------------------------------------------------------------------------
 
 
-def stated_licences(facts: CardFacts) -> list[Stated]:
-    """Those of the base, first, and of everything that trained it."""
-    numbers = {source.name: n for n, source in enumerate(facts.recipe.prompts)}
-    of_sources = [
-        Stated(f"prompt source {one.name}", licence, f"prompts.{numbers.get(one.name, 0)}.licence")
-        for one in facts.sources
-        for licence in sorted(one.licences, key=str)
-    ]
-    of_sets = [
-        Stated(f"replay set {one.name}", one.licence, f"student.phases.{phase}.replay.{place}.licence")
-        for phase, place, one in facts.replayed
-    ]
-    base = Stated(f"base {facts.base.name}", facts.base.licence, "student.licence")
-    return list(dict.fromkeys([base, *taught_licences(facts), *of_sources, *of_sets]))
-
-
-def taught_licences(facts: CardFacts) -> list[Stated]:
-    """Those of the teachers: of the traces' and of the distributions'."""
-    of_traces = [
-        Stated(f"teacher {one.model}", licence, "teacher.licence")
-        for one in facts.teachers
-        for licence in sorted(one.licences, key=str)
-    ]
-    learned = [(place, one) for place, one in enumerate(distributions(facts))]
-    return of_traces + [
-        Stated(f"teacher {shown_model(one)}", one.licence, f"logprobs.teachers.{place}.licence")
-        for place, one in learned
-    ]
-
-
 def licences(facts: CardFacts) -> str:
     """Whose terms this model stands under, and what is open."""
-    stated = stated_licences(facts)
-    rows = [[text(one.whose), in_table([one.licence])] for one in stated]
-    found = [*problems(stated, MODEL), *model_terms(stated[0], taught_licences(facts))]
-    listed = "\n".join(f"- {problem}" for problem in found)
-    said = (
-        "Open questions, to be settled before this model is passed on (a reading of names, no legal advice):\n\n"
-        + listed
-        if found
-        else "Every part states a licence that is known, and by their names none contradicts another."
-    )
-    return f"## Licences\n\n{markdown_table(['of', 'licence'], rows)}\n\n{said}"
+    return licence_section(facts.ancestry)
 
 
 # --- limits, origin -------------------------------------------------------------------------------------------------
@@ -686,7 +500,7 @@ def limits(facts: CardFacts) -> str:
 def known_limits(facts: CardFacts) -> Iterator[str]:
     """One sentence or two each."""
     recipe, select, last = facts.recipe, facts.recipe.select, facts.phases[-1].phase
-    named = ", ".join(text(source.name) for source in facts.sources)
+    named = ", ".join(text(source.name) for source in facts.ancestry.sources)
     yield f"It was trained on prompts of {named}; nothing here says how it does on anything else."
     if recipe.teacher and recipe.teacher.engine == "solver":
         yield "Its teacher was a program that writes worked solutions of generated problems, no language model."
@@ -700,7 +514,7 @@ def known_limits(facts: CardFacts) -> Iterator[str]:
         f"No training document was longer than {recipe.format.max_tokens:,} tokens, prompt included"
         f"{too_long(facts)}; texts beyond that length are untried."
     )
-    if not facts.replayed:
+    if not facts.ancestry.replayed:
         yield "No other data was mixed in, so it may have lost some of what its base could do."
     if facts.student.prune:
         yield "It is smaller than its base, and was healed on this training data alone."

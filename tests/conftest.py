@@ -238,3 +238,69 @@ def open_hub() -> Iterator[Callable[..., Any]]:
     spec.loader.exec_module(module)
     with ExitStack() as stack:
         yield lambda *earlier: stack.enter_context(module.running(earlier))
+
+
+# --- artifacts --------------------------------------------------------------------------------------------------------
+
+
+def reseal(folder: Path, **changes: Any) -> None:
+    """Bill of materials, card and manifest of an artifact made anew over what lies in it, as a careful forger would."""
+    from distill.ancestry import base_alone
+    from distill.config import recipe_from
+    from distill.export.bom import write_bom
+    from distill.export.card import card
+    from distill.export.manifest import BOM_FILE, CARD_FILE, Draft, hash_files, read_manifest, write_manifest
+
+    draft = Draft(**{name: value for name, value in dict(read_manifest(folder)).items() if name != "files"} | changes)
+    files = {name: entry for name, entry in hash_files(folder).items() if name not in (BOM_FILE, CARD_FILE)}
+    write_bom(folder, draft, files)
+    recipe = recipe_from({"name": draft.name, "export": {"model": "student"}})
+    ancestry = base_alone(recipe, "student", "main", None, "export.licence", "")
+    (folder / CARD_FILE).write_text(card(draft, files, ancestry, [{"role": "user", "content": "1 + 1?"}]))
+    write_manifest(folder, draft, files)
+
+
+def make_artifact(folder: Path, **changes: Any) -> Path:
+    """A whole artifact whose graph is a stub: everything that `verify` looks at but weights that write text."""
+    from onnx import TensorProto, helper
+
+    from distill.export.manifest import Draft, GateEntry, ModelOrigin, Origins, write_manifest
+
+    (folder / "onnx").mkdir(parents=True)
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", "model_q4.onnx_data"), ("offset", "0"), ("length", "16")):
+        weight.external_data.add(key=key, value=value)
+    graph = helper.make_graph([], "g", [], [], initializer=[weight])
+    (folder / "onnx/model_q4.onnx").write_bytes(helper.make_model(graph).SerializeToString())
+    (folder / "onnx/model_q4.onnx_data").write_bytes(bytes(range(16)))
+    settings: dict[str, Any] = {
+        "genai_config.json": {"model": {"decoder": {"filename": "onnx/model_q4.onnx"}, "eos_token_id": [2]}},
+        "config.json": {"architectures": ["LlamaForCausalLM"], "eos_token_id": 2},
+        "generation_config.json": {"eos_token_id": 2},
+        "tokenizer_config.json": {"eos_token": "<|im_end|>"},
+        "tokenizer.json": {"added_tokens": [{"id": 2, "content": "<|im_end|>"}], "model": {"vocab": {}}},
+    }
+    for name, content in settings.items():
+        (folder / name).write_text(json.dumps(content))
+    gates = (
+        GateEntry(name="mean_kl", variant="int4", status="passed", value=0.25, limit=0.5, detail="small"),
+        GateEntry(name="accuracy_drop", variant="int4", status="not_run", detail="no evaluation set"),
+    )
+    origins = Origins(student=ModelOrigin(id="student"))
+    draft = Draft(name="sums", variants=("int4",), default="int4", origins=origins, gates=gates)
+    write_manifest(folder, draft)
+    reseal(folder, **changes)
+    return folder
+
+
+class Artifacts(NamedTuple):
+    """What makes artifacts for tests."""
+
+    make: Callable[..., Path]
+    reseal: Callable[..., None]
+
+
+@pytest.fixture
+def artifacts() -> Artifacts:
+    """Functions that make a whole artifact without a model, and seal a changed one anew."""
+    return Artifacts(make_artifact, reseal)

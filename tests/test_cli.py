@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,20 @@ from distill.records import Flag, Item, Message, Prompt, Teacher, Trace, Usage, 
 Cli = Callable[..., "conftest.Said"]  # type: ignore[name-defined]  # noqa: F821 - pytest keeps conftest out of reach
 
 HEAVY = ("torch", "transformers", "onnxruntime", "onnxruntime_genai", "datasets", "reasoning_gym", "sympy", "pandas")
-VERBS = (*STAGE_VERBS, "init", "generate", "score", "select", "train", "report", "inspect", "verify", "doctor", "sweep")
+VERBS = (
+    *STAGE_VERBS,
+    "init",
+    "generate",
+    "score",
+    "select",
+    "train",
+    "report",
+    "inspect",
+    "verify",
+    "sign",
+    "doctor",
+    "sweep",
+)
 
 
 def bare_environment() -> dict[str, str]:
@@ -382,27 +396,21 @@ def test_inspect_leaves_a_torn_last_line_out(cli: Cli, traces: Path) -> None:
 
 
 @pytest.fixture
-def artifact(tmp_path: Path) -> Path:
-    """A folder with a manifest, one file, a gate that passed and one that was not run."""
-    from distill.export.manifest import Draft, GateEntry, ModelOrigin, Origins, write_manifest
-
-    folder = tmp_path / "artifact"
-    (folder / "onnx").mkdir(parents=True)
-    (folder / "onnx" / "model_q4.onnx").write_bytes(b"weights")
-    gates = (
-        GateEntry(name="mean_kl", variant="int4", status="passed", detail="small"),
-        GateEntry(name="accuracy_drop", variant="int4", status="not_run", detail="no evaluation set"),
-    )
-    draft = Draft(name="sums", variants=("int4",), origins=Origins(student=ModelOrigin(id="student")), gates=gates)
-    write_manifest(folder, draft)
-    return folder
+def artifact(tmp_path: Path, artifacts: Any) -> Path:
+    """An artifact with a gate that passed and one that was not run."""
+    return Path(artifacts.make(tmp_path / "artifact"))
 
 
 def test_verify_prints_every_check_and_calls_none_passed_that_was_not_run(cli: Cli, artifact: Path) -> None:
     said = cli("verify", artifact, "--json", "--no-golden")
     assert said.code == 0, said.err
-    assert [check["status"] for check in said.json] == ["passed", "passed", "not_run", "not_run"]
-    assert "not_run" in cli("verify", artifact).out
+    assert {check["name"]: check["status"] for check in said.json} == {
+        "files": "passed", "settings": "passed", "graphs": "passed", "end tokens": "passed",
+        "bill of materials": "passed", "its schema": "passed", "card": "passed", "signature": "not_run",
+        "gate int4 mean_kl": "passed", "gate int4 accuracy_drop": "not_run", "golden int4": "not_run",
+    }  # fmt: skip
+    shown = cli("verify", artifact).out
+    assert "8 passed, 0 failed, 3 not run (signature, gate int4 accuracy_drop, golden int4)" in shown
 
 
 def test_verify_can_require_every_check(cli: Cli, artifact: Path) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from pathlib import Path
 
-from distill.artifact import locate
+from distill.artifact import locate, refuse_unsafe
 from distill.config import FormatConfig, TeacherConfig
 from distill.engines import Completion, Request, in_batches
 from distill.engines.transformers import completion_of
@@ -15,6 +15,7 @@ from distill.format import encode_prompt, render_prompt, with_own_system
 from distill.models import ModelSource, load_tokenizer
 from distill.onnx_decoding import OnnxDecoder, read_shape
 from distill.runs import DigestCache, RunOptions, library_versions
+from distill.untrusted import refuse_unsafe_configs
 
 
 def roots(teacher: TeacherConfig, cache: DigestCache) -> dict[str, str]:
@@ -25,8 +26,10 @@ def roots(teacher: TeacherConfig, cache: DigestCache) -> dict[str, str]:
 
 
 def preflight(teacher: TeacherConfig, format: FormatConfig, options: RunOptions) -> None:
-    """Refuse what is neither an artifact's folder nor a graph in one."""
-    read_shape(locate(Path(teacher.model)).root)
+    """Refuse what is neither an artifact's folder nor a graph in one, and what is not safe to load."""
+    graph = locate(Path(teacher.model))
+    refuse_unsafe(graph)
+    read_shape(graph.root)
 
 
 class OnnxEngine:
@@ -42,6 +45,7 @@ class OnnxEngine:
         self.batch_size: int | None = batch_size
         self.decoder = OnnxDecoder(path, options.cpu_threads, variant=variant)
         root = self.decoder.graph.root
+        refuse_unsafe_configs(root)
         self.tokenizer = load_tokenizer(ModelSource(str(root), root))
 
     @classmethod

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from distill.artifact import VARIANT_FILES, data_file, locate
-from distill.errors import EngineError
+from distill.errors import ArtifactError, EngineError
 from distill.onnx_decoding import (
     PREFILL_CHUNK,
     Cache,
@@ -255,8 +255,8 @@ def test_a_variant_without_its_weights_is_refused(exported: Callable[..., Path],
     folder = tmp_path / "int8"
     shutil.copytree(exported(variant="int8"), folder)
     (folder / "onnx" / "model_quantized.onnx_data").unlink()
-    for loader, name in ((OnnxDecoder, "onnxruntime"), (GenaiDecoder, "onnxruntime-genai")):
-        with pytest.raises(EngineError, match=f"model_quantized.onnx: {name} cannot load it: .*quantized.onnx_data"):
+    for loader in (OnnxDecoder, GenaiDecoder):
+        with pytest.raises(ArtifactError, match=r"onnx/model_quantized.onnx_data is missing"):
             loader(folder, threads=1)
 
 
