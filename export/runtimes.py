@@ -25,7 +25,7 @@ from distill.errors import EngineError, MissingExtraError
 from distill.onnx_decoding import read_shape
 
 from .manifest import GateEntry
-from .package import DTYPES, lint_end_tokens
+from .package import CONFIG, DTYPES, lint_end_tokens
 
 RUNNERS = Path(__file__).parent / "runners"
 NODE_HOME = "DISTILL_NODE"
@@ -280,6 +280,12 @@ def ask_optimum(question: Question) -> tuple[str, list[Answer]]:
         raise NotHereError(
             f"Optimum is not in {python.parent.parent}; make that environment (python -m venv) and install"
             f" 'optimum-onnx[onnxruntime]==0.1.*' and torch into it, or name another one in {OPTIMUM_HOME}"
+        )
+    config = json.loads((question.graph.root / CONFIG).read_text(encoding="utf-8"))
+    if read_shape(question.graph.root).head_size != config["hidden_size"] // config["num_attention_heads"]:
+        raise NotHereError(
+            "Optimum 0.1 takes hidden_size / num_attention_heads for the size of a head, which this model's is not; after"
+            " loading it, set model.embed_size_per_head = model.config.head_dim"
         )
     command = [str(python), "-W", "ignore", str(RUNNERS / "optimum_check.py")]
     return _run(command, question.request(str(question.graph.root.resolve()), {}), question.timeout_s)
