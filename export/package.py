@@ -59,70 +59,54 @@ def write_loader_files(folder: Path) -> None:
 
 def fix_graph(path: Path, head_size: int) -> None:
     """Make a graph's file fit every runtime; its weights stay where they are, and it computes what it did."""
-    import onnx
+    import onnx_ir
 
-    model = onnx.load(path, load_external_data=False)
+    model = onnx_ir.load(path)
     fix_cache_shapes(model.graph, head_size)
     write_out_embedding(model.graph)
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    path.write_bytes(onnx_ir.to_proto(model).SerializeToString(deterministic=True))
 
 
 def fix_cache_shapes(graph: Any, head_size: int) -> None:
     """Declare the size of a head in the shapes of all keys and values; batch and lengths stay symbolic."""
-    for value in (*graph.input, *graph.output):
+    import onnx_ir
+
+    for value in (*graph.inputs, *graph.outputs):
         if value.name.startswith(("past_key_values.", "present.")):
-            value.type.tensor_type.shape.dim[3].dim_value = head_size
+            value.shape = onnx_ir.Shape([*value.shape[:3], head_size])
 
 
 def write_out_embedding(graph: Any) -> None:
     """Replace an 8-bit GatherBlockQuantized by the operators it stands for; other graphs stay as they are.
 
-    Row i of the table is (q[i, b, :] - z[i, b]) * s[i, b] over blocks b, with 128 for z where there are no zero points.
-    The rows are taken from the head's own table [tokens, blocks, block size], which the builder reshapes first.
+    Row i of the table is (q[i, b, :] - z[i, b]) * s[i, b] over its blocks b, with 128 for z where there are no zero
+    points. Rows come from the head's own table [tokens, blocks, block size], which the builder reshapes first.
     """
-    import onnx
+    import onnx_ir
 
-    found = [node for node in graph.node if node.op_type == "GatherBlockQuantized"]
-    if not found or {a.name: a.i for a in found[0].attribute}.get("bits") != 8:
+    old = next((node for node in graph if node.op_type == "GatherBlockQuantized"), None)
+    if old is None or old.attributes["bits"].as_int() != 8:
         return
-    old = found[0]
-    reshape = next(node for node in graph.node if old.input[0] in node.output)
-    ids, scale, zero = old.input[1], old.input[2], next(iter(old.input[3:]), "")
-    dtype = next(tensor.data_type for tensor in graph.initializer if tensor.name == scale)
-    prefix = old.name.rpartition("/")[0]
+    reshape = old.inputs[0].producer()
+    table, ids, scale = reshape.inputs[0], old.inputs[1], old.inputs[2]
+    zeros = old.inputs[3] if len(old.inputs) > 3 else None
+    tape = onnx_ir.tape.Tape()
+    last = tape.op("Constant", [], {"value_ints": [-1]})
 
-    def make(operator: str, label: str, inputs: list[str], **attributes: Any) -> Any:
-        name = f"{prefix}/{label}"
-        return onnx.helper.make_node(operator, inputs, [f"{name}/output_0"], name=name, **attributes)
+    def rows(of: Any) -> Any:
+        return tape.op("Cast", [tape.op("Gather", [of, ids])], {"to": scale.dtype})
 
-    def constant(label: str, values: list[int], kind: int, shape: list[int]) -> str:
-        graph.initializer.append(onnx.helper.make_tensor(f"{prefix}/{label}", kind, shape, values))
-        return f"{prefix}/{label}"
-
-    last = constant("last_axis", [-1], onnx.TensorProto.INT64, [1])
-    nodes = [
-        make("Gather", "Gather", [reshape.input[0], ids], axis=0),
-        make("Cast", "Cast", [f"{prefix}/Gather/output_0"], to=dtype),
-        make("Gather", "scale/Gather", [scale, ids], axis=0),
-        make("Unsqueeze", "scale/Unsqueeze", [f"{prefix}/scale/Gather/output_0", last]),
-    ]
-    if zero:
-        nodes += [
-            make("Gather", "zero/Gather", [zero, ids], axis=0),
-            make("Cast", "zero/Cast", [f"{prefix}/zero/Gather/output_0"], to=dtype),
-            make("Unsqueeze", "zero/Unsqueeze", [f"{prefix}/zero/Cast/output_0", last]),
-        ]
-    middle = f"{prefix}/zero/Unsqueeze/output_0" if zero else constant("zero", [128], dtype, [])
-    shape = constant("shape", [0, 0, -1], onnx.TensorProto.INT64, [3])
-    nodes += [
-        make("Sub", "Sub", [f"{prefix}/Cast/output_0", middle]),
-        make("Mul", "Mul", [f"{prefix}/Sub/output_0", f"{prefix}/scale/Unsqueeze/output_0"]),
-        onnx.helper.make_node("Reshape", [f"{prefix}/Mul/output_0", shape], list(old.output), name=f"{prefix}/Reshape"),
-    ]
-    place = list(graph.node).index(old)
-    kept = [node for node in graph.node if node is not old and node is not reshape]
-    graph.ClearField("node")
-    graph.node.extend([*nodes, *kept])
+    middle = (
+        tape.op("Cast", [tape.op("Constant", [], {"value_float": 128.0})], {"to": scale.dtype})
+        if zeros is None
+        else tape.op("Unsqueeze", [rows(zeros), last])
+    )
+    scaled = tape.op(
+        "Mul", [tape.op("Sub", [rows(table), middle]), tape.op("Unsqueeze", [tape.op("Gather", [scale, ids]), last])]
+    )
+    embedded = tape.op("Reshape", [scaled, tape.op("Constant", [], {"value_ints": [0, 0, -1]})])
+    dead = [old, reshape, reshape.inputs[1].producer()]
+    onnx_ir.convenience.replace_nodes_and_values(graph, old, dead, tape.nodes, old.outputs, [embedded])
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
