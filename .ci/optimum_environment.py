@@ -8,13 +8,15 @@ there: what is tested is that somebody who has never heard of it can load the fo
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 PACKAGES = ("optimum-onnx[onnxruntime]==0.1.*", "transformers==4.57.*")
 
 
-def main(folder: Path, torch: str) -> int:
-    """Make it, with the given requirement for torch; returns the exit code."""
+def main(folder: Path) -> int:
+    """Make it, with the torch of the Python that runs this; returns the exit code."""
+    torch = f"torch=={version('torch').partition('+')[0]}"
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
@@ -24,4 +26,4 @@ def main(folder: Path, torch: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
+    sys.exit(main(Path(sys.argv[1])))

@@ -215,7 +215,9 @@ def _end_ids(settings: dict[str, Any]) -> set[int]:
 def _token_ids(tokenizer: dict[str, Any]) -> dict[str | None, int]:
     """Every token of a tokenizer.json by its text."""
     vocabulary = tokenizer["model"]["vocab"]
-    pieces = vocabulary if isinstance(vocabulary, dict) else {piece: place for place, (piece, _) in enumerate(vocabulary)}
+    pieces = (
+        vocabulary if isinstance(vocabulary, dict) else {piece: place for place, (piece, _) in enumerate(vocabulary)}
+    )
     return {**pieces, **{added["content"]: added["id"] for added in tokenizer.get("added_tokens", ())}}
 
 

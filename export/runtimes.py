@@ -139,9 +139,7 @@ def runtime_gates(
 MEASURES = ("prompts", "top1", "stops")
 
 
-def prompt_gate(
-    name: str, version: str, variant: str, cases: Sequence[Case], answers: Sequence[Answer]
-) -> GateEntry:
+def prompt_gate(name: str, version: str, variant: str, cases: Sequence[Case], answers: Sequence[Answer]) -> GateEntry:
     """Rendered templates and their ids equal the student's, character by character and id by id."""
     texts = sum(case.prompt != answer.prompt for case, answer in zip(cases, answers, strict=True))
     ids = sum(list(case.prompt_ids) != answer.prompt_ids for case, answer in zip(cases, answers, strict=True))
@@ -265,30 +263,60 @@ def _genai_length(og: Any, model: Any, length: int) -> Any:
 
 def ask_node(question: Question) -> tuple[str, list[Answer]]:
     """transformers.js in Node."""
-    modules = _node_modules()
-    if not (node := shutil.which("node")):
-        raise NotHereError("there is no `node` on the PATH; install Node.js 20 or newer")
     sessions = {"intraOpNumThreads": question.threads}
-    command = [node, str(RUNNERS / "node.mjs"), str(modules)]
+    command = [_node(), str(RUNNERS / "node.mjs"), str(_node_modules())]
     return _run(command, question.request(str(question.graph.root.resolve()), sessions), question.timeout_s)
 
 
 def ask_optimum(question: Question) -> tuple[str, list[Answer]]:
     """Optimum's `ORTModelForCausalLM`, under transformers 4 in its own virtual environment."""
-    python = _home(OPTIMUM_HOME, "optimum") / "bin" / "python"
-    if not python.is_file():
-        raise NotHereError(
-            f"Optimum is not in {python.parent.parent}; make that environment (python -m venv) and install"
-            f" 'optimum-onnx[onnxruntime]==0.1.*' and torch into it, or name another one in {OPTIMUM_HOME}"
-        )
+    python = _optimum()
     config = json.loads((question.graph.root / CONFIG).read_text(encoding="utf-8"))
     if read_shape(question.graph.root).head_size != config["hidden_size"] // config["num_attention_heads"]:
         raise NotHereError(
-            "Optimum 0.1 takes hidden_size / num_attention_heads for the size of a head, which this model's is not; after"
-            " loading it, set model.embed_size_per_head = model.config.head_dim"
+            "Optimum 0.1 takes hidden_size / num_attention_heads for the size of a head, which this model's is not;"
+            " after loading it, set model.embed_size_per_head = model.config.head_dim"
         )
     command = [str(python), "-W", "ignore", str(RUNNERS / "optimum_check.py")]
     return _run(command, question.request(str(question.graph.root.resolve()), {}), question.timeout_s)
+
+
+def missing_runtimes() -> dict[str, str]:
+    """Runtimes that are not on this machine, and how to get each."""
+    needed: dict[str, tuple[Callable[[], object], ...]] = {
+        "node": (_node, _node_modules), "browser": (_node_modules, _chromium), "optimum": (_optimum,),
+    }  # fmt: skip
+    missing = {}
+    for name, finders in needed.items():
+        try:
+            for find in finders:
+                find()
+        except NotHereError as error:
+            missing[name] = str(error)
+    return missing
+
+
+def _node() -> str:
+    if not (node := shutil.which("node")):
+        raise NotHereError("there is no `node` on the PATH; install Node.js 20 or newer")
+    return node
+
+
+def _chromium() -> str:
+    if not (chromium := next(filter(None, map(shutil.which, CHROMIUMS)), None)):
+        raise NotHereError(f"there is no browser on the PATH; install one of {', '.join(CHROMIUMS)}")
+    return chromium
+
+
+def _optimum() -> Path:
+    python = _home(OPTIMUM_HOME, "optimum") / "bin" / "python"
+    if not python.is_file():
+        home = python.parent.parent
+        raise NotHereError(
+            f"Optimum is not in {home}; run `python -m venv {home} && {home}/bin/pip install"
+            f" 'optimum-onnx[onnxruntime]==0.1.*' torch`, or name another environment in {OPTIMUM_HOME}"
+        )
+    return python
 
 
 def _node_modules() -> Path:
@@ -329,7 +357,9 @@ def _answers(answer: Mapping[str, Any]) -> tuple[str, list[Answer]]:
 def _last_words(text: str) -> str:
     """The line that says what went wrong: the last that names an error."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "Error" in line or "error" in line), (lines or ["no word"])[-1])[:500]
+    return next((line for line in reversed(lines) if "Error" in line or "error" in line), (lines or ["no word"])[-1])[
+        :500
+    ]
 
 
 # --- the browser ------------------------------------------------------------------------------------------------------
@@ -337,10 +367,7 @@ def _last_words(text: str) -> str:
 
 def ask_browser(question: Question) -> tuple[str, list[Answer]]:
     """transformers.js in a headless Chromium, by WebAssembly; one thread, since a plain page may have no more."""
-    modules = _node_modules()
-    chromium = next(filter(None, map(shutil.which, CHROMIUMS)), None)
-    if not chromium:
-        raise NotHereError(f"there is no browser on the PATH; install one of {', '.join(CHROMIUMS)}")
+    modules, chromium = _node_modules(), _chromium()
     files = {"vendor/" + name: modules / path for name, path in VENDORED.items()}
     files |= {"": RUNNERS / "browser.html", "check.mjs": RUNNERS / "check.mjs"}
     request = json.dumps(question.request("artifact", {})).encode()

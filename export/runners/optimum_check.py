@@ -6,6 +6,7 @@ The same question and answer as check.mjs. It runs under transformers 4, so it k
 import json
 import sys
 from importlib.metadata import version
+from typing import Any
 
 
 def main() -> None:
@@ -14,7 +15,7 @@ def main() -> None:
     json.dump({"version": version("optimum-onnx"), "answers": check(request)}, sys.stdout)
 
 
-def check(request: dict) -> list[dict]:
+def check(request: dict[str, Any]) -> list[dict[str, Any]]:
     """Prompts, their ids, preferred tokens and greedy text of every case."""
     import torch
     from optimum.onnxruntime import ORTModelForCausalLM
@@ -45,7 +46,7 @@ def check(request: dict) -> list[dict]:
     return answers
 
 
-def session_options(request: dict) -> object:
+def session_options(request: dict[str, Any]) -> Any:
     """Threads, and errors only."""
     import onnxruntime
 
