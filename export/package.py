@@ -5,10 +5,11 @@ The builder writes for onnxruntime-genai alone. What the others need, found by r
 - transformers.js makes its first, empty cache from the shapes that a graph declares and takes a symbolic size for zero,
   so keys and values must declare their head size; it reads the chat template from tokenizer_config.json only, and loads
   external data only where config.json says that there is some. Its WebAssembly has no kernel for GatherBlockQuantized,
-  so an embedding that shares an 8-bit table with the head is written out in operators that every build has.
-- transformers 4 knows neither the tokenizer classes nor `rope_parameters` nor the list of extra tokens of transformers 5.
-- All of them end a text where their own settings file says, and stop at the `max_length` of that file: 20 tokens if it
-  names none.
+  so an embedding that shares a quantized table with the head is written out in operators that every build has.
+- transformers 4 knows neither the tokenizer classes of transformers 5, nor its `rope_parameters`, nor its list of extra
+  tokens.
+- Each ends a text where its own settings file says, and stops at the `max_length` of that file: 20 tokens if it names
+  none.
 
 Nothing here loads torch or transformers, and no weight is rewritten.
 """
@@ -28,7 +29,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 
 DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4", "q4f16": "q4f16"}
-"""What transformers.js calls a variant."""
+"""What transformers.js calls each variant."""
 HALF_CACHES = ("fp16", "q4f16")
 """Dtypes whose keys and values are float16."""
 CLASSIC_TOKENIZERS = ("GPT2Tokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast", "LlamaTokenizer")
@@ -77,36 +78,49 @@ def fix_cache_shapes(graph: Any, head_size: int) -> None:
 
 
 def write_out_embedding(graph: Any) -> None:
-    """Replace an 8-bit GatherBlockQuantized by the operators it stands for; other graphs stay as they are.
+    """Replace GatherBlockQuantized by the operators it stands for; a graph without it stays as it is.
 
-    Row i of the table is (q[i, b, :] - z[i, b]) * s[i, b] over its blocks b, with 128 for z where there are no zero
-    points. Rows come from the head's own table [tokens, blocks, block size], which the builder reshapes first.
+    Row i of the table is (q[i, b, :] - z[i, b]) * s[i, b] over its blocks b, with the middle of the range for z where
+    there are no zero points. Rows come from the head's own table [tokens, blocks, bytes], which the builder reshapes
+    first. All is computed in fp32, as the kernel does.
     """
     import onnx_ir
 
     old = next((node for node in graph if node.op_type == "GatherBlockQuantized"), None)
-    if old is None or old.attributes["bits"].as_int() != 8:
+    if old is None:
         return
+    bits = old.attributes["bits"].as_int()
     reshape = old.inputs[0].producer()
     table, ids, scale = reshape.inputs[0], old.inputs[1], old.inputs[2]
     zeros = old.inputs[3] if len(old.inputs) > 3 else None
     tape = onnx_ir.tape.Tape()
     last = tape.op("Constant", [], {"value_ints": [-1]})
 
-    def rows(of: Any) -> Any:
-        return tape.op("Cast", [tape.op("Gather", [of, ids])], {"to": scale.dtype})
+    def rows(of: Any, bits: int = 8) -> Any:
+        """The rows of a table as fp32 numbers [batch, length, ...]; two to a byte where they have 4 bits."""
+        values = tape.op("Cast", [tape.op("Gather", [of, ids])], {"to": onnx_ir.DataType.FLOAT})
+        return values if bits == 8 else _halves(tape, values, last, len(of.shape))
 
-    middle = (
-        tape.op("Cast", [tape.op("Constant", [], {"value_float": 128.0})], {"to": scale.dtype})
-        if zeros is None
-        else tape.op("Unsqueeze", [rows(zeros), last])
-    )
-    scaled = tape.op(
-        "Mul", [tape.op("Sub", [rows(table), middle]), tape.op("Unsqueeze", [tape.op("Gather", [scale, ids]), last])]
-    )
-    embedded = tape.op("Reshape", [scaled, tape.op("Constant", [], {"value_ints": [0, 0, -1]})])
+    if zeros is None:
+        middle = tape.op("Constant", [], {"value_float": float(1 << (bits - 1))})
+    else:
+        blocks = tape.op("Constant", [], {"value_ints": [int(scale.shape[1])]})
+        first, axis = (tape.op("Constant", [], {"value_ints": [one]}) for one in (0, 2))
+        middle = tape.op("Unsqueeze", [tape.op("Slice", [rows(zeros, bits), first, blocks, axis]), last])
+    scaled = tape.op("Mul", [tape.op("Sub", [rows(table, bits), middle]), tape.op("Unsqueeze", [rows(scale), last])])
+    flat = tape.op("Reshape", [scaled, tape.op("Constant", [], {"value_ints": [0, 0, -1]})])
+    embedded = tape.op("Cast", [flat], {"to": scale.dtype})
     dead = [old, reshape, reshape.inputs[1].producer()]
     onnx_ir.convenience.replace_nodes_and_values(graph, old, dead, tape.nodes, old.outputs, [embedded])
+
+
+def _halves(tape: Any, values: Any, last: Any, rank: int) -> Any:
+    """Bytes in the last axis as pairs of 4-bit numbers, the low half first. `rank` is that of the bytes' table."""
+    sixteen = tape.op("Constant", [], {"value_float": 16.0})
+    high = tape.op("Floor", [tape.op("Div", [values, sixteen])])
+    low = tape.op("Sub", [values, tape.op("Mul", [high, sixteen])])
+    pairs = tape.op("Concat", [tape.op("Unsqueeze", [half, last]) for half in (low, high)], {"axis": -1})
+    return tape.op("Reshape", [pairs, tape.op("Constant", [], {"value_ints": [0] * rank + [-1]})])
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

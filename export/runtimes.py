@@ -34,8 +34,8 @@ OPTIMUM_HOME = "DISTILL_OPTIMUM"
 """Environment variable: a virtual environment with Optimum in it."""
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 SWITCHES = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync", "--disable-background-networking",
-    "--disable-component-update", "--disable-dev-shm-usage",
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync", "--disable-component-update",
+    "--disable-background-networking", "--disable-dev-shm-usage",
 )  # fmt: skip
 VENDORED = {
     "transformers.js": "@huggingface/transformers/dist/transformers.min.js",

@@ -13,6 +13,7 @@ from distill.onnx_decoding import GenaiDecoder
 from distill.runs import available_cores
 
 from .manifest import GateEntry, GoldenPrompt, verify_files
+from .package import lint_end_tokens
 
 
 class Check(NamedTuple):
@@ -31,6 +32,7 @@ def verify_artifact(folder: Path, golden: bool = True) -> list[Check]:
     """
     manifest = verify_files(folder)
     checks = [Check("files", "passed", f"{len(manifest.files)} files match the manifest")]
+    checks += [_end_tokens(folder)]
     checks += [_gate(gate) for gate in manifest.gates]
     for variant in manifest.variants:
         chosen = [prompt for prompt in manifest.golden if prompt.variant == variant]
@@ -47,6 +49,13 @@ def refuse_failed(checks: Sequence[Check], require: bool = False) -> None:
 
 def _gate(gate: GateEntry) -> Check:
     return Check(f"gate {gate.variant or ''} {gate.name}".replace("  ", " "), gate.status, gate.detail)
+
+
+def _end_tokens(folder: Path) -> Check:
+    problems = lint_end_tokens(folder)
+    return Check(
+        "end tokens", "failed" if problems else "passed", "; ".join(problems) or "all files name the same ones"
+    )
 
 
 def _not_run(variant: str, golden: bool) -> Check:

@@ -65,16 +65,16 @@ def exported(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Vari
 
 @pytest.fixture(scope="session")
 def artifact(exported: Variant, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A function from family and changes to a folder with all variants that every runtime loads; never change it."""
+    """A function from family, variants and changes to a folder that every runtime loads; never change it."""
     from distill.export.package import write_loader_files
 
     made: dict[tuple[Any, ...], Path] = {}
 
-    def find(family: str = "llama", **changes: Any) -> Path:
-        key = (family, *sorted(changes.items()))
+    def find(family: str = "llama", variants: tuple[str, ...] = ("fp32", "int8", "int4"), **changes: Any) -> Path:
+        key = (family, variants, *sorted(changes.items()))
         if key not in made:
             made[key] = tmp_path_factory.mktemp(f"{family}-artifact") / "all"
-            for variant in ("fp32", "int8", "int4"):
+            for variant in variants:
                 shutil.copytree(exported(family, variant, **changes), made[key], dirs_exist_ok=True)
             write_loader_files(made[key])
         return made[key]
