@@ -250,9 +250,11 @@ def ask_genai(question: Question) -> tuple[str, list[Answer]]:
 def _genai_text(og: Any, model: Any, ids: list[int], max_new_tokens: int) -> list[int]:
     generator = og.Generator(model, _genai_length(og, model, len(ids) + max_new_tokens))
     generator.append_tokens(ids)
+    written: list[int] = []
     while not generator.is_done():
         generator.generate_next_token()
-    return [int(token) for token in generator.get_sequence(0)[len(ids) :]]
+        written.append(int(generator.get_next_tokens()[0]))  # its sequence lacks the end token
+    return written
 
 
 def _genai_length(og: Any, model: Any, length: int) -> Any:

