@@ -20,7 +20,9 @@ from queue import Empty, Queue
 from threading import Thread
 from typing import Any, NamedTuple
 
-from distill.artifact import Graph, locate
+import numpy as np
+
+from distill.artifact import Graph, data_file, locate
 from distill.errors import EngineError, MissingExtraError
 from distill.onnx_decoding import read_shape
 
@@ -37,6 +39,10 @@ SWITCHES = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync", "--disable-component-update",
     "--disable-background-networking", "--disable-dev-shm-usage",
 )  # fmt: skip
+CHUNK = 128
+"""Tokens of a document that are run at once: logits over the whole vocabulary are what costs memory."""
+LARGEST_IN_A_PAGE = 2 << 30
+"""Bytes of weights that a page can hold: it has 4 GiB, and needs them once as a file and once in the runtime."""
 VENDORED = {
     "transformers.js": "@huggingface/transformers/dist/transformers.min.js",
     "ort.mjs": "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.mjs",
@@ -220,8 +226,6 @@ def end_token_gate(artifact: Path) -> GateEntry:
 
 def ask_genai(question: Question) -> tuple[str, list[Answer]]:
     """onnxruntime-genai, in this process."""
-    import numpy as np
-
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime_genai as og
@@ -238,10 +242,7 @@ def ask_genai(question: Question) -> tuple[str, list[Answer]]:
             prompt = tokenizer.apply_chat_template(json.dumps(list(case.messages)), add_generation_prompt=True)
             ids = [int(token) for token in tokenizer.encode(prompt)]
             text = _genai_text(og, model, ids, question.max_new_tokens)
-            forced = og.Generator(model, _genai_length(og, model, len(case.document) + 1))
-            forced.append_tokens(np.array(case.document, np.int32))
-            top1 = [int(token) for token in forced.get_output("logits")[0].argmax(-1)]
-            answers.append(Answer(prompt, ids, top1, text))
+            answers.append(Answer(prompt, ids, _genai_preferred(og, model, case.document), text))
     except RuntimeError as error:
         raise BrokenError(f"onnxruntime-genai: {error}") from error
     return version("onnxruntime-genai"), answers
@@ -255,6 +256,15 @@ def _genai_text(og: Any, model: Any, ids: list[int], max_new_tokens: int) -> lis
         generator.generate_next_token()
         written.append(int(generator.get_next_tokens()[0]))  # its sequence lacks the end token
     return written
+
+
+def _genai_preferred(og: Any, model: Any, document: Sequence[int]) -> list[int]:
+    generator = og.Generator(model, _genai_length(og, model, len(document) + 1))
+    found: list[int] = []
+    for start in range(0, len(document), CHUNK):
+        generator.append_tokens(np.array(document[start : start + CHUNK], np.int32))
+        found += generator.get_output("logits")[0].argmax(-1).tolist()
+    return found
 
 
 def _genai_length(og: Any, model: Any, length: int) -> Any:
@@ -370,6 +380,9 @@ def _last_words(text: str) -> str:
 def ask_browser(question: Question) -> tuple[str, list[Answer]]:
     """transformers.js in a headless Chromium, by WebAssembly; one thread, since a plain page may have no more."""
     modules, chromium = _node_modules(), _chromium()
+    weights = data_file(question.graph.path)
+    if weights.is_file() and weights.stat().st_size >= LARGEST_IN_A_PAGE:
+        raise NotHereError(f"{weights.name} has {weights.stat().st_size:,} bytes; a page holds {LARGEST_IN_A_PAGE:,}")
     files = {"vendor/" + name: modules / path for name, path in VENDORED.items()}
     files |= {"": RUNNERS / "browser.html", "check.mjs": RUNNERS / "check.mjs"}
     request = json.dumps(question.request("artifact", {})).encode()
