@@ -358,7 +358,7 @@ def _run(command: Sequence[str], request: Mapping[str, Any], timeout_s: float) -
     except subprocess.TimeoutExpired as error:
         raise BrokenError(f"{command[0]}: no answer within {timeout_s:.0f} s") from error
     if done.returncode != 0:
-        raise BrokenError(f"{Path(command[0]).name} {Path(command[-2]).name}: {_last_words(done.stderr)}")
+        raise BrokenError(f"{Path(command[0]).name}: {_last_words(done.stderr)}")
     return _answers(json.loads(done.stdout))
 
 
@@ -402,7 +402,7 @@ def ask_browser(question: Question) -> tuple[str, list[Answer]]:
             browser.wait()
             server.shutdown()
     if "error" in answer:
-        raise BrokenError(f"the page failed: {answer['error'][:500]}")
+        raise BrokenError(f"the page failed: {answer['error'].splitlines()[0][:500]}")
     return _answers(answer)
 
 
