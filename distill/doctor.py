@@ -42,6 +42,7 @@ def examine(options: RunOptions) -> dict[str, Any]:
         "attention": _attention(),
         "code_sandbox": _code_sandbox(),
         "missing_extras": missing_extras(),
+        "missing_runtimes": _missing_runtimes(),
         "hub": _hub(),
         "disk": {"runs": _disk(options.runs)},
     }
@@ -54,6 +55,13 @@ def missing_extras() -> dict[str, dict[str, Any]]:
         if missing := [name for name in modules if not _installed(name)]:
             found[extra] = {"missing": missing, "command": f"pip install 'distill[{extra}]'"}
     return found
+
+
+def _missing_runtimes() -> dict[str, str]:
+    """Runtimes that an export is not held against here, and how to get each."""
+    from distill.export.runtimes import missing_runtimes
+
+    return missing_runtimes()
 
 
 def _installed(module: str) -> bool:
@@ -134,4 +142,5 @@ def as_text(found: dict[str, Any]) -> str:
     ]
     for extra, what in found["missing_extras"].items():
         lines.append(f"missing    {extra}: {', '.join(what['missing'])}; add with: {what['command']}")
+    lines += [f"missing    runtime {name}: {remedy}" for name, remedy in found["missing_runtimes"].items()]
     return "\n".join(lines)

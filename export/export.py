@@ -40,6 +40,7 @@ from .manifest import (
 )
 from .measure import Measured, TorchStudent, measure
 from .origins import ancestry_of_export, evaluated, licence_reading, origins
+from .package import write_loader_files
 from .quantize import Rounded, gptq
 from .schemes import Scheme
 from .texts import Texts, calibration_texts, comparison_texts, held_out
@@ -83,6 +84,7 @@ def run(recipe: Recipe, step: Step, options: RunOptions) -> None:
             climb(checkpoint, config, variant, export, run, climbing)
         tried: dict[str, list[Tried]] = {variant: read_tried(run, variant) for variant in export.variants}
         gates = [gate for variant in export.variants for gate in tried[variant][-1].gates]
+        write_loader_files(artifact)
         golden, loader_gates = golden_prompts(export, artifact, texts, options)
         gates += loader_gates
         write_json(run.path("gates.json"), {"gates": [gate.model_dump(mode="json") for gate in gates]})

@@ -29,6 +29,8 @@ from .quantize import Rounded, write_weights
 from .schemes import VARIANTS, Matrix, Scheme, Weight, expected_matrices
 
 BUILDER_GRAPH = "model.onnx"
+BUILDER_OPTIONS = ["hf_token=false", "fuse_qk_norm_gqa=false"]
+"""No hub; and Qwen3's norms of queries and keys stay apart, since no CPU kernel takes them inside attention."""
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHECKPOINT_FILES = (
@@ -121,7 +123,7 @@ def run_builder(checkpoint: Path, config: Any, scheme: Scheme, folder: Path) -> 
     with tempfile.TemporaryDirectory() as cache, _quietly(log):
         fixed = (None, str(checkpoint), str(folder), precision, provider, cache)
         try:
-            options = builder.parse_extra_options(*fixed, ["hf_token=false"], target_options=target)
+            options = builder.parse_extra_options(*fixed, BUILDER_OPTIONS, target_options=target)
             builder.create_model(*fixed, **options)
         except (OSError, MemoryError):
             raise

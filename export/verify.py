@@ -14,11 +14,12 @@ from distill.artifact import GENAI_CONFIG, VARIANT_FILES, default_file
 from distill.errors import ArtifactError, DistillError, EngineError, MissingExtraError
 from distill.onnx_decoding import GenaiDecoder, read_shape
 from distill.runs import available_cores
-from distill.untrusted import LARGEST_TOKENIZER, read_bounded, read_json, refuse_unsafe_configs, refuse_unsafe_graph
+from distill.untrusted import read_bounded, refuse_unsafe_configs, refuse_unsafe_graph
 
 from .bom import can_validate, hash_problem, read_bom, schema_problem
 from .card import card_problem
 from .manifest import BOM_FILE, CARD_FILE, SIGNATURE_FILE, GateEntry, GoldenPrompt, Manifest, verify_files
+from .package import lint_end_tokens
 from .signing import signature_problem
 
 Status = Literal["passed", "failed", "not_run"]
@@ -96,41 +97,7 @@ def _graphs(folder: Path, manifest: Manifest) -> Check:
 
 def _end_tokens(folder: Path) -> Check:
     """All four files that a runtime may take it from end a text at the same tokens."""
-    try:
-        return _found("end tokens", *_end_token_problem(folder))
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        return Check("end tokens", "failed", f"cannot be read ({type(error).__name__}: {error})"[:300])
-
-
-def _end_token_problem(folder: Path) -> tuple[str | None, str]:
-    runtime = _ids(read_json(folder / GENAI_CONFIG)["model"]["eos_token_id"])
-    generation = _ids(read_json(folder / "generation_config.json")["eos_token_id"])
-    config = _ids(read_json(folder / "config.json")["eos_token_id"])
-    tokenizer = _tokenizer_end(folder)
-    said = f"{GENAI_CONFIG} {sorted(runtime)}, generation_config.json {sorted(generation)}"
-    if runtime != generation:
-        return f"differ: {said}", ""
-    if not config <= runtime:
-        return f"differ: config.json {sorted(config)}, {said}", ""
-    if tokenizer not in runtime:
-        return f"differ: the tokenizer ends a text with {tokenizer}, {said}", ""
-    return None, f"{', '.join(map(str, sorted(runtime)))} in all four files"
-
-
-def _ids(value: Any) -> set[int]:
-    ids = {int(one) for one in (value if isinstance(value, list) else [value])}
-    if not ids:
-        raise ValueError("no end token is named")
-    return ids
-
-
-def _tokenizer_end(folder: Path) -> int:
-    """Id of the token that tokenizer_config.json ends a text with."""
-    token = read_json(folder / "tokenizer_config.json")["eos_token"]
-    token = token["content"] if isinstance(token, dict) else token
-    tokenizer = read_json(folder / "tokenizer.json", LARGEST_TOKENIZER)
-    added = {one["content"]: one["id"] for one in tokenizer.get("added_tokens", ())}
-    return int(added[token] if token in added else tokenizer["model"]["vocab"][token])
+    return _found("end tokens", "; ".join(lint_end_tokens(folder)) or None, "the same in all four files")
 
 
 # --- what was written about it --------------------------------------------------------------------------------------

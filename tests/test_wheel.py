@@ -77,7 +77,7 @@ def test_the_wheel_says_that_it_is_typed_and_licensed(wheel: Path, names: set[st
 
 
 def test_nothing_but_code_and_recipes_ships(names: set[str]) -> None:
-    assert {Path(name).suffix for name in names} <= {".py", ".yaml", ".typed"}
+    assert {Path(name).suffix for name in names} <= {".py", ".yaml", ".typed", ".mjs", ".html"}
 
 
 def test_the_installed_wheel_runs(bare: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Tiny students whose every parameter matters, and their exported variants; each is made once a session."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 Student = Callable[..., Path]
 Variant = Callable[..., Path]
 
+ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = ("llama", "qwen2", "qwen3")
 
 
@@ -58,6 +61,45 @@ def exported(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Vari
         return made[key]
 
     return find
+
+
+@pytest.fixture(scope="session")
+def artifact(exported: Variant, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function from family, variants and changes to a folder that every runtime loads; never change it."""
+    from distill.export.package import write_loader_files
+
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def find(family: str = "llama", variants: tuple[str, ...] = ("fp32", "int8", "int4"), **changes: Any) -> Path:
+        key = (family, variants, *sorted(changes.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(f"{family}-artifact") / "all"
+            for variant in variants:
+                shutil.copytree(exported(family, variant, **changes), made[key], dirs_exist_ok=True)
+            write_loader_files(made[key])
+        return made[key]
+
+    return find
+
+
+@pytest.fixture
+def node_home(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where transformers.js is; skips the test where `make js-env` has not put it."""
+    home = Path(os.environ.get("DISTILL_NODE") or ROOT / "build" / "node")
+    if not (shutil.which("node") and (home / "node_modules" / "@huggingface").is_dir()):
+        pytest.skip("transformers.js is not here: make js-env")
+    monkeypatch.setenv("DISTILL_NODE", str(home))
+    return home
+
+
+@pytest.fixture
+def optimum_home(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The environment with Optimum; skips the test where `make optimum-env` has not made it."""
+    home = Path(os.environ.get("DISTILL_OPTIMUM") or ROOT / "build" / "venvs" / "optimum")
+    if not (home / "bin" / "python").is_file():
+        pytest.skip("Optimum is not here: make optimum-env")
+    monkeypatch.setenv("DISTILL_OPTIMUM", str(home))
+    return home
 
 
 @pytest.fixture(scope="session")

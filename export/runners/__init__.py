@@ -1,0 +1,1 @@
+"""What asks an artifact's questions in other runtimes: scripts that are run, never imported; see `runtimes`."""
