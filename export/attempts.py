@@ -24,6 +24,7 @@ from distill.runs import OpenRun
 from .graph import build_variant
 from .manifest import GateEntry
 from .measure import Measured
+from .package import write_loader_files
 from .quantize import Rounded
 from .schemes import Scheme, ladder
 
@@ -125,6 +126,7 @@ def _build(checkpoint: Path, variant: str, scheme: Scheme, folder: Path, how: Cl
         started = time.perf_counter()
         rounded = how.round_weights(scheme) if scheme.method == "gptq" else ()
         build_variant(checkpoint, variant, folder / "artifact", scheme, rounded)
+        write_loader_files(folder / "artifact")  # which changes the graph: what is measured is what ships
         write_json(note, {"seconds": time.perf_counter() - started})
         size = graph_bytes(folder / "artifact", variant) / 1e6
         say(f"export: {variant}: {scheme}, {size:,.1f} MB in {time.perf_counter() - started:.0f} s")

@@ -5,6 +5,7 @@ as they are made, so a killed export does only what is left. The artifact is wri
 unsealed.
 """
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,10 +39,11 @@ from .manifest import (
     result_digest,
     write_manifest,
 )
-from .measure import Measured, TorchStudent, measure
+from .measure import Measured, TorchStudent, cases, measure
 from .origins import ancestry_of_export, evaluated, licence_reading, origins
 from .package import write_loader_files
 from .quantize import Rounded, gptq
+from .runtimes import runtime_gates
 from .schemes import Scheme
 from .texts import Texts, calibration_texts, comparison_texts, held_out
 
@@ -86,10 +88,27 @@ def run(recipe: Recipe, step: Step, options: RunOptions) -> None:
         gates = [gate for variant in export.variants for gate in tried[variant][-1].gates]
         write_loader_files(artifact)
         golden, loader_gates = golden_prompts(export, artifact, texts, options)
-        gates += loader_gates
+        gates += loader_gates + other_runtimes(export, run, TorchStudent(checkpoint), texts)
         write_json(run.path("gates.json"), {"gates": [gate.model_dump(mode="json") for gate in gates]})
         package(recipe, step, run, gates, golden, tried)
         refuse_failures(gates, options.require)
+
+
+def other_runtimes(export: ExportConfig, run: OpenRun, student: TorchStudent, texts: Texts) -> list[GateEntry]:
+    """Gates of each runtime for each variant; kept as they are made."""
+    if not export.runtimes:
+        return []
+    questions = cases(student, texts, export.runtime_prompts)
+    found: list[GateEntry] = []
+    for variant in export.variants:
+        note = run.path(f"runtimes-{variant}.json")
+        if not note.exists():
+            limit, threads = export.gates.of("min_top1", variant), run.options.cpu_threads
+            artifact, names = run.path("artifact"), export.runtimes
+            gates = runtime_gates(artifact, variant, questions, limit, runtimes=names, threads=threads)
+            write_json(note, {"gates": [gate.model_dump(mode="json") for gate in gates]})
+        found += [GateEntry.model_validate(gate) for gate in json.loads(note.read_text())["gates"]]
+    return found
 
 
 def climbing_of(recipe: Recipe, step: Step, run: OpenRun, checkpoint: Path, texts: Texts) -> Climbing:

@@ -21,6 +21,7 @@ from .gates import decode_gates, greedy_gate, parity_gates, provider_gate, struc
 from .graph import check_weights
 from .manifest import GateEntry
 from .parity import Parity, compare_greedy, compare_logits, greedy_from_logits
+from .runtimes import Case
 from .texts import Text, Texts, until
 
 DECODED_TEXTS = 4
@@ -132,3 +133,18 @@ def compare_decoding(decoder: OnnxDecoder, student: TorchStudent, prompts: Seque
         for prompt, tokens in zip(chosen, written, strict=True)
     ]
     return compare_greedy([tokens for tokens, _ in expected], [margins for _, margins in expected], written)
+
+
+# --- other runtimes ---------------------------------------------------------------------------------------------------
+
+
+def cases(student: TorchStudent, texts: Texts, count: int) -> list[Case]:
+    """Questions for other runtimes, with torch's answers: held-out prompts and the texts that begin with them."""
+    asked = {tuple(one.ids): one for one in texts.asked}
+    found: list[Case] = []
+    for text in texts.documents:
+        prompt = asked.get(tuple(text.ids[: text.compared.start + 1]))
+        if prompt is not None and len(found) < count:
+            top1 = student.logits(text.ids)[text.compared].argmax(-1).tolist()
+            found.append(Case(prompt.messages, prompt.rendered, prompt.ids, text.ids, text.compared, top1))
+    return found

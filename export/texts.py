@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from distill.config import ExportConfig, Recipe
 from distill.engines.transformers import generate_ids
 from distill.evaluation import read_items, set_prompts
-from distill.format import encode_document, encode_prompt, render_prompt
+from distill.format import encode_document, encode_prompt, render_prompt, with_system
 from distill.models import ModelSource, load_model, load_tokenizer
 from distill.progress import progress
 from distill.records import Example, Message, Prompt, read_records, write_json
@@ -61,11 +61,25 @@ class Text(NamedTuple):
         return self.ids[self.compared.start + 1 : self.compared.stop + 1]
 
 
+class Asked(NamedTuple):
+    """A prompt, as messages, as the template renders it, and in token ids."""
+
+    messages: list[dict[str, str]]
+    rendered: str
+    ids: list[int]
+
+
 class Texts(NamedTuple):
     """What the variants are compared on."""
 
     documents: list[Text]
-    prompts: list[list[int]]
+    asked: list[Asked]
+    """Held-out prompts."""
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Their token ids."""
+        return [one.ids for one in self.asked]
 
 
 def text_of(prompt: Sequence[int], answer: Sequence[int]) -> Text:
@@ -80,13 +94,13 @@ def comparison_texts(recipe: Recipe, export: ExportConfig, step: Step, checkpoin
     wanted = export.gates.parity_tokens
     if "student" in step.upstream:
         items = list(read_items(step.result("student").folder))
-        prompts = [_prompt_ids(tokenizer, item.prompt, recipe) for item in items]
-        pairs = [[prompt, list(item.trace.token_ids or ())] for prompt, item in zip(prompts, items, strict=True)]
+        asked = [_asked(tokenizer, item.prompt, recipe) for item in items]
+        pairs = [[one.ids, list(item.trace.token_ids or ())] for one, item in zip(asked, items, strict=True)]
     else:
-        prompts = [_prompt_ids(tokenizer, prompt, recipe) for prompt in held_out(recipe, export, step)]
-        pairs = written_texts(checkpoint, prompts, wanted, run)
+        asked = [_asked(tokenizer, prompt, recipe) for prompt in held_out(recipe, export, step)]
+        pairs = written_texts(checkpoint, [one.ids for one in asked], wanted, run)
     texts = [text_of(prompt, answer) for prompt, answer in pairs if len(prompt) < DOCUMENT_TOKENS]
-    return Texts(list(until(texts, wanted)), prompts)
+    return Texts(list(until(texts, wanted)), asked)
 
 
 def held_out(recipe: Recipe, export: ExportConfig, step: Step) -> list[Prompt]:
@@ -106,8 +120,9 @@ def until(texts: Sequence[Text], tokens: int) -> Iterator[Text]:
         yield text
 
 
-def _prompt_ids(tokenizer: Any, prompt: Prompt, recipe: Recipe) -> list[int]:
-    return encode_prompt(tokenizer, render_prompt(tokenizer, prompt.messages, recipe.format))
+def _asked(tokenizer: Any, prompt: Prompt, recipe: Recipe) -> Asked:
+    rendered = render_prompt(tokenizer, prompt.messages, recipe.format)
+    return Asked(with_system(prompt.messages, recipe.format.system), rendered, encode_prompt(tokenizer, rendered))
 
 
 # --- texts of the student's own writing, and of its training ----------------------------------------------------------
@@ -132,7 +147,7 @@ def calibration_texts(checkpoint: Path, step: Step, recipe: Recipe, tokens: int,
         )
         return list(_up_to((ids[:DOCUMENT_TOKENS] for ids in documents), tokens))
     probes = [Prompt.of([Message(role="user", content=probe)]) for probe in PROBES]
-    prompts = [_prompt_ids(tokenizer, probe, recipe) for probe in probes]
+    prompts = [_asked(tokenizer, probe, recipe).ids for probe in probes]
     written = _enough(sampled(checkpoint, prompts, seed=1000), tokens, run.options)
     return [[*prompt, *answer] for prompt, answer in written]
 
