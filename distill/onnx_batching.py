@@ -253,7 +253,7 @@ class Batch:
         """Copy the longest start of a prompt that is in the cache already; its last token is always run."""
         if not self._free and not self.kept:
             return
-        there = [(other, [*row.prompt, *row.tokens][: row.cached]) for other, row in enumerate(self.rows[:-1])]
+        there = [(other, [*it.prompt, *it.tokens][: it.cached]) for other, it in enumerate(self.rows[:-1])]
         there += [(text.place, text.ids) for text in self.kept]
         count, source = max(
             ((common_start(ids, row.prompt[:-1]), other) for other, ids in there),
