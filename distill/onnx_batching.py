@@ -39,9 +39,7 @@ class Cache:
     not the capacity.
     """
 
-    def __init__(
-        self, shape: "Shape", rows: int, capacity: int, dtype: type[np.floating[Any]] = np.float32
-    ) -> None:
+    def __init__(self, shape: "Shape", rows: int, capacity: int, dtype: type[np.floating[Any]] = np.float32) -> None:
         size = (rows, shape.heads, capacity, shape.head_size)
         names = [f"{layer}.{kind}" for layer in range(shape.layers) for kind in ("key", "value")]
         self._maps = [_pages(math.prod(size) * np.dtype(dtype).itemsize) for _ in names]

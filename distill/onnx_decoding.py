@@ -190,9 +190,7 @@ class OnnxDecoder:
             out_TV[start:end] = self._forward(np.array([ids[start:end]]), np.array([start]), views)[0]
         return out_TV
 
-    def _forward(
-        self, ids_BT: NDArray[Any], cached_B: NDArray[Any], views: Views
-    ) -> Logits:
+    def _forward(self, ids_BT: NDArray[Any], cached_B: NDArray[Any], views: Views) -> Logits:
         """Run T new tokens of each row behind its `cached_B` tokens; logits [B, T, vocabulary].
 
         Rows may have different lengths only when T is 1: the kernel reads a row's length from its mask and takes the

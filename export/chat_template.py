@@ -7,7 +7,6 @@ and tags that transformers gives templates.
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +113,8 @@ def _compile(source: str, folder: Path) -> Any:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
-    environment.filters["tojson"] = partial(_to_json)
-    environment.globals.update(raise_exception=refuse, strftime_now=lambda format: datetime.now().strftime(format))
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(raise_exception=refuse, strftime_now=lambda shape: datetime.now().strftime(shape))
     try:
         return environment.from_string(source)
     except TemplateSyntaxError as error:

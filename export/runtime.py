@@ -2,8 +2,9 @@
 
 One thread owns the model and steps a `distill.onnx_batching.Batch`, the loop that evaluation runs too. Each request
 has its own sampling, limits and stop sequences; reasoning comes apart from the answer, with a budget if one is set.
-onnxruntime-genai's own engine was measured and not taken: it runs no more than four rows at once on a model that was
-exported for its generators, and cannot force the tokens that end a reasoning budget.
+onnxruntime-genai's own engine was measured and not taken: on the artifact's graph it runs fixed batches (of four,
+unless told), slower than this loop; its continuous batching wants a graph with a paged cache; and it cannot force the
+tokens that end a reasoning budget.
 Neither torch nor transformers is needed.
 """
 
@@ -21,7 +22,7 @@ import numpy as np
 from distill.config import FormatConfig
 from distill.errors import ArtifactError, EngineError
 from distill.onnx_batching import Row
-from distill.onnx_decoding import RUNTIME_FILE, OnnxDecoder
+from distill.onnx_decoding import OnnxDecoder
 from distill.runs import available_cores
 
 from .chat_template import Chat
@@ -32,7 +33,6 @@ PREFILL_TOKENS = 128
 """Prompt tokens run between two steps of the running texts: what a long prompt may hold up the others at once."""
 KEPT_TEXTS = 8
 """Ended texts whose keys and values are kept, so that the next turn of a chat does not run the earlier ones again."""
-DEFAULT_VARIANTS = ("int4", "int8", "fp32")
 
 Finish = Literal["stop", "length", "cancelled", "error"]
 
@@ -141,12 +141,12 @@ class Runtime:
         max_tokens: int | None = None,
         cache_gb: float = 4.0,
     ) -> None:
-        self.graph = find_variant(folder, variant)
-        self.format = read_format(folder)
-        self.name = artifact_name(folder)
         self.threads = threads or available_cores()
-        self.chat = Chat(self.graph)
-        self.decoder = OnnxDecoder(self.graph, self.threads, max_rows, cache_gb)
+        self.decoder = OnnxDecoder(folder, self.threads, max_rows, cache_gb, variant)
+        self.graph = self.decoder.graph
+        self.format = read_format(self.graph.root)
+        self.name = artifact_name(self.graph.root)
+        self.chat = Chat(self.graph.root)
         self.max_tokens = min(max_tokens or self.decoder.shape.context, self.decoder.shape.context)
         self._batch = self.decoder.open_batch(max_rows, self.max_tokens, KEPT_TEXTS)
         self._close_ids = self.chat.encode(f"\n{self.format.close_marker}\n\n")
@@ -331,19 +331,6 @@ def whole(deltas: Sequence[Delta], ticket: Ticket) -> Answer:
 
 
 # --- what an artifact says of itself ----------------------------------------------------------------------------------
-
-
-def find_variant(folder: Path, variant: str | None) -> Path:
-    """The folder of a variant: a variant's own, or one of an artifact's (the smallest there is, if none is named)."""
-    if (folder / RUNTIME_FILE).is_file() and variant is None:
-        return folder
-    there = sorted(path.parent.name for path in folder.glob(f"*/{RUNTIME_FILE}"))
-    if not there:
-        raise ArtifactError(f"{folder}: no artifact is there; give the folder that holds {MANIFEST_FILE}")
-    chosen = variant or next((name for name in DEFAULT_VARIANTS if name in there), there[0])
-    if chosen not in there:
-        raise ArtifactError(f"{folder}: has no variant {chosen!r}; it has {', '.join(there)}")
-    return folder / chosen
 
 
 def artifact_name(folder: Path) -> str:

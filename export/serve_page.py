@@ -82,7 +82,8 @@ function answerBox() {
 async function answer(box) {
   if (!model) await findModel()
   const body = JSON.stringify({model, messages: chat, stream: true})
-  const response = await fetch('v1/chat/completions', {method: 'POST', headers: headers(), body, signal: running.signal})
+  const order = {method: 'POST', headers: headers(), body, signal: running.signal}
+  const response = await fetch('v1/chat/completions', order)
   if (!response.ok) throw Error(await failure(response))
   for await (const event of events(response)) {
     if (event.error) throw Error(event.error.message)
