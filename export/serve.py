@@ -11,7 +11,6 @@ import json
 import logging
 import secrets
 import signal
-import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -405,26 +404,31 @@ def run(folder: Path, host: str, port: int, key: str, limits: Limits, **options:
     raise Interrupted(signum)
 
 
-async def _serve(server: Server, host: str, port: int) -> int:
-    """Listen until the first signal, then drain; returns its number."""
+async def listen(server: Server, host: str, port: int) -> tuple[web.AppRunner, asyncio.Server]:
+    """Open the address; raises EngineError if it cannot be bound. Clean the runner up after closing the other."""
     runner = web.AppRunner(
         server.app(), handle_signals=False, handler_cancellation=True, access_log=None, logger=_http_noise,
         keepalive_timeout=server.limits.read_s, shutdown_timeout=1.0,
     )  # fmt: skip
     await runner.setup()
-    loop, signals = asyncio.get_running_loop(), asyncio.Queue[int]()
     http = runner.server
     assert http is not None
     try:
-        listener = await loop.create_server(lambda: Gate(http(), server.connections), host, port)
-    except (OSError, OverflowError) as error:
+        opened = asyncio.get_running_loop().create_server(lambda: Gate(http(), server.connections), host, port)
+        return runner, await opened
+    except OSError as error:
         await runner.cleanup()
         raise EngineError(f"cannot listen at {host}:{port}: {error}; choose another --host or --port") from error
+
+
+async def _serve(server: Server, host: str, port: int) -> int:
+    """Listen until the first signal, then drain; returns its number."""
+    runner, listener = await listen(server, host, port)
+    signals: asyncio.Queue[int] = asyncio.Queue()
     for signum in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(signum, signals.put_nowait, signum)
-    bound = listener.sockets[0].getsockname()[1]
-    shown = f"[{host}]" if ":" in host else host
-    say(f"serving {server.runtime.name} at http://{shown}:{bound}/v1 (chat page: http://{shown}:{bound}/)")
+        asyncio.get_running_loop().add_signal_handler(signum, signals.put_nowait, signum)
+    shown = f"http://{f'[{host}]' if ':' in host else host}:{listener.sockets[0].getsockname()[1]}"
+    say(f"serving {server.runtime.name} ({server.runtime.graph.variant}) at {shown}/v1; chat page: {shown}/")
     first = await signals.get()
     await _drain(server, signals)
     listener.close()
@@ -440,4 +444,4 @@ async def _drain(server: Server, signals: "asyncio.Queue[int]") -> None:
     while server.answering and time.monotonic() < deadline and signals.empty():
         await asyncio.sleep(0.05)
     if server.answering:
-        sys.stderr.write(f"{server.answering} answers were cut off\n")
+        say(f"{server.answering} answers were cut off")

@@ -378,9 +378,8 @@ class Viewer(chromium_module.Chromium):  # type: ignore[misc, name-defined]
 
     def open(self, page: Path, state: str = "") -> None:
         """Load a page anew and wait until its list is there."""
-        self.go(
-            page.as_uri() + state, "document.body?.classList.contains('ready') && document.readyState === 'complete'"
-        )
+        ready = "document.body?.classList.contains('ready') && document.readyState === 'complete'"
+        self.go(page.as_uri() + state, ready)
 
     def search(self, words: str) -> None:
         """Type words into the search field and wait for the last hit."""
