@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 
 from distill.errors import EngineError
+from distill.export.manifest import Draft, ModelOrigin, Origins, write_manifest
 from distill.export.runtime import Delta, Request, Runtime
+from distill.format import R1_TEMPLATE
 from distill.onnx_batching import SHARED_LEAST, Batch, Cache, Row, common_start
 from distill.onnx_decoding import OnnxDecoder, read_shape
 
 NEW = 24
+ASKED = [{"role": "user", "content": "Hi"}]
 
 
 def some_ids(length: int, seed: int = 0) -> list[int]:
@@ -206,17 +209,9 @@ def test_a_stream_is_the_same_text_in_parts(runtime: Runtime, decoder: OnnxDecod
     assert last.finish == "length" and last.usage and last.usage[:2] == (44, NEW)
 
 
-def test_an_end_token_stops_and_is_counted_but_not_shown(exported: Callable[..., Path]) -> None:
-    import json
-    import shutil
-
-    free = OnnxDecoder(exported(), threads=1).generate([PROMPTS[2]], NEW, eos_ids=[])[0]
-    folder = exported().parent / "ends"
-    shutil.copytree(exported(), folder)
-    config = json.loads((folder / "genai_config.json").read_text())
-    config["model"]["eos_token_id"] = free[5]
-    (folder / "genai_config.json").write_text(json.dumps(config))
-    with Runtime(folder, threads=1) as one:
+def test_an_end_token_stops_and_is_counted_but_not_shown(altered: Callable[..., Path], decoder: OnnxDecoder) -> None:
+    free = decoder.generate([PROMPTS[2]], NEW, eos_ids=[])[0]
+    with Runtime(altered(end_ids=[free[5]]), threads=1) as one:
         (answer,) = one.generate([Request(PROMPTS[2], NEW)])
         end = free.index(free[5])
         assert answer.finish == "stop" and answer.ids == free[: end + 1]
@@ -256,18 +251,28 @@ def test_a_budget_of_nothing_answers_at_once_and_one_that_is_not_reached_changes
     )
 
 
-def test_a_prompt_says_whether_it_ends_inside_the_reasoning(runtime: Runtime, exported: Callable[..., Path]) -> None:
-    import shutil
-
-    from distill.format import R1_TEMPLATE
-
-    assert runtime.prompt([{"role": "user", "content": "Hi"}])[1] is False
-    folder = exported().parent / "r1"
-    shutil.copytree(exported(), folder)
-    (folder / "chat_template.jinja").write_text(R1_TEMPLATE)
-    with Runtime(folder, threads=1) as one:
-        ids, opened = one.prompt([{"role": "user", "content": "Hi"}])
+def test_a_prompt_says_whether_it_ends_inside_the_reasoning(runtime: Runtime, altered: Callable[..., Path]) -> None:
+    assert runtime.prompt(ASKED)[1] is False
+    with Runtime(altered(template=R1_TEMPLATE), threads=1) as one:
+        ids, opened = one.prompt(ASKED)
         assert opened and one.chat.decode(ids).endswith("Assistant: <think>\n")
+
+
+def test_an_artifact_brings_its_markers_and_system_prompt(altered: Callable[..., Path]) -> None:
+    folder = altered()
+    trained = {"system": "Be short.", "open_marker": "[[", "close_marker": "]]"}
+    origin = ModelOrigin(id="x")
+    write_manifest(
+        folder, Draft(name="tiny", variants=("fp32",), origins=Origins(student=origin), options={"format": trained})
+    )
+    with Runtime(folder, threads=1) as one:
+        assert one.name == "tiny" and one.format.close_marker == "]]"
+        own = [{"role": "system", "content": "Be long."}, *ASKED]
+        texts = [one.chat._tokenizer.decode(one.prompt(chat)[0], skip_special_tokens=False) for chat in (ASKED, own)]
+        assert "Be short." in texts[0] and "Be short." not in texts[1] and "Be long." in texts[1]
+        request = Request(PROMPTS[2], 20, think_budget=3, opened=True, ignore_end=True)
+        closing = one.chat.encode("\n]]\n\n")
+        assert one.generate([request])[0].ids[3 : 3 + len(closing)] == closing
 
 
 def test_a_cancelled_request_frees_its_row_at_once(runtime: Runtime) -> None:
@@ -329,7 +334,7 @@ def test_neither_torch_nor_transformers_is_needed_to_serve(artifact: Path) -> No
     assert done.stdout.strip() == "5", done.stderr
 
 
-# --- distill bench and distill chat -----------------------------------------------------------------------------------
+# --- distill bench -----------------------------------------------------------------------------------
 
 
 def test_bench_measures_in_a_process_of_its_own(artifact: Path, cli: Callable[..., Any]) -> None:
@@ -346,14 +351,3 @@ def test_bench_measures_in_a_process_of_its_own(artifact: Path, cli: Callable[..
 def test_bench_says_why_it_cannot(tmp_path: Path, cli: Callable[..., Any]) -> None:
     said = cli("bench", tmp_path, "--quiet")
     assert said.code == 2 and "genai_config.json" in said.error_line
-
-
-def test_a_piped_chat_answers_every_line(artifact: Path) -> None:
-    lines = "Hi\n/system Be short.\n\n/what\nHi\n/exit\nnever\n"
-    done = subprocess.run(
-        [sys.executable, "-m", "distill.cli", "chat", str(artifact), "--max-new-tokens", "5", "--threads", "1"],
-        input=lines, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) >= 2 and "\x1b" not in done.stdout
-    assert "system prompt is set" in done.stderr and "/what is no command" in done.stderr

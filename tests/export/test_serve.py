@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +25,7 @@ from distill.export.serve import KEY_VARIABLE, Server, listen
 from distill.export.serve_limits import Limits
 from distill.export.serve_metrics import RATE_WINDOW_S, Histogram, Rate
 from distill.export.serve_request import ApiError, parse_chat
+from distill.format import R1_TEMPLATE
 
 ASKED = [{"role": "user", "content": "What is 2 + 2?"}]
 LONG = 4000
@@ -88,14 +88,9 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def runtime(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
+def runtime(altered: Callable[..., Path]) -> Iterator[Runtime]:
     """A model that never ends by itself."""
-    folder = tmp_path_factory.mktemp("endless") / "endless"
-    shutil.copytree(exported(max_position_embeddings=8192), folder)
-    config = json.loads((folder / "genai_config.json").read_text())
-    config["model"]["eos_token_id"] = []
-    (folder / "genai_config.json").write_text(json.dumps(config))
-    with Runtime(folder, threads=1, max_rows=4) as one:
+    with Runtime(altered(end_ids=[]), threads=1, max_rows=4) as one:
         yield one
 
 
@@ -179,13 +174,8 @@ def test_stop_sequences_cut_streams_and_answers_alike(served: Served) -> None:
         assert "".join(streamed) == cut.message.content
 
 
-def test_reasoning_comes_in_a_field_of_its_own_within_its_budget(exported: Callable[..., Path]) -> None:
-    from distill.format import R1_TEMPLATE
-
-    folder = exported().parent / "thinking"
-    shutil.copytree(exported(), folder)
-    (folder / "chat_template.jinja").write_text(R1_TEMPLATE)
-    with Runtime(folder, threads=1) as runtime:
+def test_reasoning_comes_in_a_field_of_its_own_within_its_budget(altered: Callable[..., Path]) -> None:
+    with Runtime(altered(template=R1_TEMPLATE, end_ids=[]), threads=1) as runtime:
         served = Served(runtime)
         try:
             with client(served) as api:

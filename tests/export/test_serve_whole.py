@@ -3,7 +3,6 @@
 import asyncio
 import importlib.util
 import json
-import shutil
 import sys
 import threading
 import time
@@ -83,11 +82,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def runtime(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
-    folder = tmp_path_factory.mktemp("thinker") / "artifact"
-    shutil.copytree(exported(), folder)
-    (folder / "chat_template.jinja").write_text(R1_TEMPLATE)
-    with Runtime(folder, threads=1) as one:
+def runtime(altered: Callable[..., Path]) -> Iterator[Runtime]:
+    """A model that thinks until it is told to stop."""
+    with Runtime(altered(template=R1_TEMPLATE, end_ids=[]), threads=1) as one:
         yield one
 
 
@@ -99,7 +96,7 @@ def say(browser: Any, text: str) -> None:
 
 @needs_chromium
 def test_a_chat_in_a_browser_streams_folds_its_reasoning_and_stops(browser: Any, runtime: Runtime) -> None:
-    server = Server(runtime, Limits(new_tokens=450))
+    server = Server(runtime, Limits(new_tokens=3000))
     served = thread_of(server)
     try:
         browser.go(served.url, READY)
