@@ -303,8 +303,10 @@ def choose(logits_V: Logits, temperature: float, top_p: float, rng: np.random.Ge
     """
     if temperature <= 0:
         return int(logits_V.argmax())
-    scaled_V = logits_V.astype(np.float64) / temperature
-    weights_V = np.exp(scaled_V - scaled_V.max())
+    weights_V = logits_V.astype(np.float64)  # in place from here on: this is done for every row of every step
+    weights_V /= temperature
+    weights_V -= weights_V.max()
+    np.exp(weights_V, out=weights_V)
     weights_V /= weights_V.sum()
     tokens = np.arange(weights_V.size) if top_p >= 1 else nucleus(weights_V, top_p)
     cumulative = weights_V[tokens].cumsum()
@@ -314,10 +316,14 @@ def choose(logits_V: Logits, temperature: float, top_p: float, rng: np.random.Ge
 
 def nucleus(probabilities_V: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
     """Ids of the fewest tokens, most likely first, whose probabilities reach `top_p` together (at least one)."""
-    guess = min(NUCLEUS_GUESS, probabilities_V.size)
-    candidates = np.sort(np.argpartition(-probabilities_V, guess - 1)[:guess])
+    # tokens below this have less than 1 - top_p together, so that all others reach it
+    likely = np.flatnonzero(probabilities_V >= (1 - top_p) / probabilities_V.size)
+    candidates = likely
+    if likely.size > NUCLEUS_GUESS:
+        first = np.argpartition(probabilities_V[likely], -NUCLEUS_GUESS)[-NUCLEUS_GUESS:]
+        candidates = np.sort(likely[first])
     if probabilities_V[candidates].sum() < top_p:
-        candidates = np.arange(probabilities_V.size)
+        candidates = likely
     order = candidates[np.argsort(-probabilities_V[candidates], kind="stable")]
     reached = np.searchsorted(probabilities_V[order].cumsum(), top_p)
     return order[: int(reached) + 1]
