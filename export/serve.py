@@ -7,14 +7,11 @@ answers get their time, then the process ends with 143 or 130; a second signal e
 
 import asyncio
 import hmac
-import json
 import logging
 import secrets
 import signal
 import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,8 @@ from aiohttp import web
 from distill.errors import DistillError, EngineError, Interrupted
 from distill.progress import say
 
-from .runtime import Delta, Request, Runtime, Ticket, Usage
+from .runtime import Request, Runtime
+from .serve_answer import Answering, last_words
 from .serve_limits import Connections, Gate, Limits
 from .serve_metrics import Metrics
 from .serve_page import PAGE, PAGE_HEADERS
@@ -166,18 +164,37 @@ class Server:
         requests = await self._requests(asked)
         self._refuse_while_draining()
         self._check_queue(len(requests))
-        answer = Answering(self, requests, asked, started)
+        with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
+        answer = Answering(self.runtime, self.metrics, requests, with_usage, started)
         self.answering += 1
         try:
             if asked.stream:
-                return await answer.stream(request)
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + self._left_s(started)):
+                return await self._stream(request, answer, started)
+            async with asyncio.timeout(self._left_s(started)):
                 return web.json_response(await answer.whole())
         except TimeoutError:
             raise self._too_slow() from None
         finally:
             self.answering -= 1
             answer.cancel()
+
+    async def _stream(self, request: web.Request, answer: Answering, started: float) -> web.StreamResponse:
+        """Server-sent events; an error behind the first one becomes an event of its own."""
+        response = web.StreamResponse(
+            headers={
+                "Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no", "X-Content-Type-Options": "nosniff", **self._cors(request),
+            }
+        )  # fmt: skip
+        try:
+            async with asyncio.timeout(self._left_s(started)):
+                await response.prepare(request)
+                await answer.stream(response)
+        except TimeoutError:
+            await last_words(response, self._too_slow())
+        except ApiError as error:
+            await last_words(response, error)
+        return response
 
     def _left_s(self, started: float) -> float:
         return max(0.0, started + self.limits.request_s - time.monotonic())
@@ -242,143 +259,6 @@ class Server:
             wait = min(60, max(1, round(mean * (there.waiting + count) / limits.rows)))
             why = f"{there.waiting} requests wait already; try again in {wait} s"
             raise ApiError(429, why, "queue_full", kind="rate_limit_error", retry_after_s=wait)
-
-
-class Answering:
-    """One chat completion on its way: the parts of all its choices in the order in which they are written."""
-
-    def __init__(self, server: Server, requests: Sequence[Request], asked: ChatRequest, started: float) -> None:
-        self._server, self._asked, self._started = server, asked, started
-        self._parts: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
-        self._first = True
-        self._usages: list[Usage] = []
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": server.runtime.name}
-        loop = asyncio.get_running_loop()
-
-        def deliver_to(choice: int) -> Callable[[Delta], None]:
-            def deliver(part: Delta) -> None:
-                with suppress(RuntimeError):  # the loop has ended
-                    loop.call_soon_threadsafe(self._parts.put_nowait, (choice, part))
-
-            return deliver
-
-        self._open: list[Ticket] = [
-            server.runtime.submit(request, deliver_to(choice)) for choice, request in enumerate(requests)
-        ]
-
-    def cancel(self) -> None:
-        """Free the rows of whatever is not finished."""
-        for ticket in self._open:
-            if not ticket.ended:
-                self._server.runtime.cancel(ticket)
-
-    async def _all(self) -> AsyncIterator[tuple[int, Delta]]:
-        """The parts of every choice until all have ended; raises ApiError if one fails."""
-        missing = len(self._open)
-        while missing:
-            choice, part = await self._parts.get()
-            self._count(part)
-            if part.finish in ("error", "cancelled"):
-                why = part.error or "the server is shutting down"
-                raise ApiError(500 if part.error else 503, why, part.finish, kind="server_error")
-            missing -= part.finish is not None
-            yield choice, part
-
-    def _count(self, part: Delta) -> None:
-        metrics = self._server.metrics
-        if self._first and (part.content or part.reasoning or part.finish):
-            metrics.ttft.observe(time.monotonic() - self._started)
-            self._first = False
-        if part.finish is not None and part.usage is not None:
-            self._usages.append(part.usage)
-            metrics.finished[part.finish] += 1
-            metrics.latency.observe(time.monotonic() - self._started)
-            metrics.prompt_tokens += part.usage.prompt
-            metrics.shared_tokens += part.usage.shared
-            metrics.completion_tokens += part.usage.completion
-            metrics.reasoning_tokens += part.usage.reasoning
-            metrics.rate.add(part.usage.completion)
-
-    def _usage(self) -> dict[str, Any]:
-        """Usage of all choices; the prompt counts once."""
-        prompt, completion = self._usages[0].prompt, sum(usage.completion for usage in self._usages)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": self._usages[0].shared},
-            "completion_tokens_details": {"reasoning_tokens": sum(usage.reasoning for usage in self._usages)},
-        }
-
-    async def whole(self) -> dict[str, Any]:
-        """The answer in one piece."""
-        texts = [{"reasoning_content": "", "content": ""} for _ in self._open]
-        finishes: list[str] = ["stop"] * len(texts)
-        async for choice, part in self._all():
-            texts[choice]["reasoning_content"] += part.reasoning
-            texts[choice]["content"] += part.content
-            finishes[choice] = part.finish or finishes[choice]
-        choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", **text, "reasoning_content": text["reasoning_content"] or None},
-                "finish_reason": finish,
-                "logprobs": None,
-            }
-            for index, (text, finish) in enumerate(zip(texts, finishes))
-        ]
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage()}
-
-    async def stream(self, request: web.Request) -> web.StreamResponse:
-        """The answer as server-sent events; an error behind the first one becomes an event of its own."""
-        response = web.StreamResponse(
-            headers={
-                "Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
-                "X-Accel-Buffering": "no", "X-Content-Type-Options": "nosniff", **self._server._cors(request),
-            }
-        )  # fmt: skip
-        try:
-            async with asyncio.timeout(self._server._left_s(self._started)):
-                await response.prepare(request)
-                async for chunk in self._chunks():
-                    await response.write(_event(chunk))
-                await response.write(b"data: [DONE]\n\n")
-        except TimeoutError:
-            await _last_words(response, self._server._too_slow())
-        except ApiError as error:
-            await _last_words(response, error)
-        return response
-
-    async def _chunks(self) -> AsyncIterator[dict[str, Any]]:
-        with_usage = bool(self._asked.stream_options and self._asked.stream_options.include_usage)
-        head = {**self._head, "object": "chat.completion.chunk", **({"usage": None} if with_usage else {})}
-
-        def chunk(choice: int, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
-            return {**head, "choices": [{"index": choice, "delta": delta, "finish_reason": finish, "logprobs": None}]}
-
-        for choice in range(len(self._open)):
-            yield chunk(choice, {"role": "assistant", "content": ""})
-        async for choice, part in self._all():
-            if part.reasoning:
-                yield chunk(choice, {"reasoning_content": part.reasoning})
-            if part.content:
-                yield chunk(choice, {"content": part.content})
-            if part.finish:
-                yield chunk(choice, {}, part.finish)
-        if with_usage:
-            yield {**head, "choices": [], "usage": self._usage()}
-
-
-def _event(value: Any) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
-
-
-async def _last_words(response: web.StreamResponse, error: ApiError) -> None:
-    """Say in a running stream why it ends; a client that reads nothing is not waited for, and cannot go on with it."""
-    response.force_close()
-    with suppress(TimeoutError, ConnectionError):
-        async with asyncio.timeout(1):
-            await response.write(_event(error.body))
 
 
 def _allow(error: web.HTTPException) -> Mapping[str, str]:
