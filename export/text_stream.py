@@ -14,7 +14,7 @@ MOST_PENDING = 8
 
 
 class Detokenizer:
-    """Text of token ids, one by one; together exactly what `decode` gives for all of them at once.
+    """Text of token ids, one by one; together what `decode` gives for all of them, less half a character at the end.
 
     A token that ends inside a character is held until the character is whole. Earlier tokens are decoded along, because
     some decoders treat the first token of a text differently.
@@ -36,10 +36,10 @@ class Detokenizer:
         return text[len(before) :]
 
     def end(self) -> str:
-        """What is left at the end."""
+        """What is left at the end; a character that a limit cut in half is left out."""
         text = self._decode(self._ids)[len(self._decode(self._ids[: self._given])) :]
         self._ids, self._given = [], 0
-        return text
+        return text.rstrip(UNFINISHED)
 
 
 class Split(NamedTuple):

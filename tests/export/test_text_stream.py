@@ -35,7 +35,8 @@ def test_streamed_text_is_the_whole_text_and_never_half_a_character(chat: Chat, 
     ids = chat.encode(text)
     stream = Detokenizer(chat.decode)
     parts = [stream.push(token) for token in ids]
-    assert "".join([*parts, stream.end()]) == chat.decode(ids) == text
+    assert chat.decode(ids) == text
+    assert "".join([*parts, stream.end()]) == text.rstrip("\ufffd")
     if "\ufffd" not in text:
         assert all("\ufffd" not in part for part in parts)
 
@@ -47,12 +48,11 @@ def test_a_token_inside_a_character_is_held_until_the_character_is_whole(chat: C
     assert [stream.push(token) for token in ids] == ["a", "", "", "", "🙂", "b"]
 
 
-def test_bytes_that_are_no_character_come_out_in_the_end(chat: Chat) -> None:
+def test_half_a_character_at_the_end_is_left_out_and_an_endless_row_of_them_is_not_held(chat: Chat) -> None:
     half = chat.encode("🙂")[:2]
     stream = Detokenizer(chat.decode)
-    assert [stream.push(token) for token in half] == ["", ""]
-    assert stream.end() == chat.decode(half) == "\ufffd"
-    assert stream.end() == ""
+    assert [stream.push(token) for token in [*chat.encode("a"), *half]] == ["a", "", ""]
+    assert chat.decode(half) == "\ufffd" and stream.end() == "" and stream.end() == ""
     assert "".join(stream.push(token) for token in half * 20).count("\ufffd") > 10, (
         "an endless row is not held for ever"
     )
