@@ -62,9 +62,6 @@ STAGE_VERBS = {
 }
 """Verbs that run a recipe up to a stage (None: all of it)."""
 
-RESERVED = ("bench", "chat", "serve")
-"""Verbs that later versions will have; refused by name so that no script comes to rely on them."""
-
 
 def main() -> None:
     """The entry point."""
@@ -797,19 +794,124 @@ def collect(
     print(f"{len(done.removed)} stage runs, {_size(done.bytes)}, {what}; {done.kept} are needed")
 
 
-def _reserved_command(verb: str) -> Callable[..., None]:
-    """A hidden command that says its name is taken."""
+# --- an artifact at work ----------------------------------------------------------------------------------------------
 
-    def command(context: typer.Context) -> None:
-        raise RecipeError(f"distill {verb} is reserved for a later version and not there yet; see distill --help")
+Artifact = Annotated[
+    Path, typer.Argument(metavar="ARTIFACT", help="Folder of an exported artifact.", show_default=False)
+]
+VariantOption = Annotated[
+    str | None,
+    typer.Option("--variant", metavar="NAME", help="fp32, int8, int4 …; by default the artifact's own choice."),
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", metavar="T", min=0, max=2, help="0 takes the likeliest token.")
+]
+TopP = Annotated[
+    float, typer.Option("--top-p", metavar="P", min=0.001, max=1, help="Share of the likeliest tokens drawn from.")
+]
 
-    return command
+
+@app.command("chat")
+@guarded
+def chat(
+    artifact: Artifact,
+    variant: VariantOption = None,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Most tokens of an answer.")
+    ] = 1024,
+    think_budget: Annotated[
+        int | None, typer.Option("--think-budget", metavar="N", min=0, help="Most tokens of reasoning.")
+    ] = None,
+    temperature: Temperature = 0.6,
+    top_p: TopP = 0.95,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of every answer.")] = 0,
+    threads: Threads = 0,
+) -> None:
+    """Talk to an artifact in the terminal; with stdin from a pipe, every line is a message."""
+    from distill.export.chat import Settings, run
+
+    settings = Settings(max_new_tokens, temperature, top_p, seed, think_budget)
+    run(artifact, settings, system, variant=variant, threads=threads)
 
 
-for _verb in RESERVED:
-    app.command(
-        _verb, hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-    )(guarded(_reserved_command(_verb)))  # fmt: skip
+@app.command("serve")
+@guarded
+def serve(
+    artifact: Artifact,
+    variant: VariantOption = None,
+    host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", metavar="N", min=0, max=65535, help="0 takes a free one.")] = 8000,
+    max_prompt_tokens: Annotated[
+        int, typer.Option("--max-prompt-tokens", metavar="N", min=1, help="A longer chat is refused.")
+    ] = 4096,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Most tokens of one answer.")
+    ] = 2048,
+    max_rows: Annotated[int, typer.Option("--max-rows", metavar="N", min=1, help="Texts written at once.")] = 64,
+    max_queue: Annotated[
+        int, typer.Option("--max-queue", metavar="N", min=0, help="Requests that may wait; more are refused with 429.")
+    ] = 128,
+    max_body: Annotated[int, typer.Option("--max-body", metavar="BYTES", min=1, help="Largest request.")] = 1 << 20,
+    max_connections: Annotated[int, typer.Option("--max-connections", metavar="N", min=1, help="Open at once.")] = 512,
+    timeout: Annotated[
+        float, typer.Option("--timeout", metavar="S", min=0.1, help="Seconds for a whole answer.")
+    ] = 600,
+    read_timeout: Annotated[
+        float,
+        typer.Option("--read-timeout", metavar="S", min=0.1, help="Seconds for headers, and for a body, to arrive."),
+    ] = 10,
+    drain: Annotated[
+        float, typer.Option("--drain", metavar="S", min=0, help="Seconds that running answers have after SIGTERM.")
+    ] = 30,
+    cache_gb: Annotated[
+        float, typer.Option("--cache-gb", metavar="GB", min=0.01, help="Memory for keys and values.")
+    ] = 4.0,
+    allow_origin: Annotated[
+        str, typer.Option("--allow-origin", metavar="ORIGIN", help="Let pages of this origin ask (CORS).")
+    ] = "",
+    temperature: Temperature = 0.6,
+    top_p: TopP = 0.95,
+    threads: Threads = 0,
+) -> None:
+    """Serve an artifact as OpenAI's API, with a page to chat in; the environment's DISTILL_SERVE_API_KEY is its key."""
+    import os
+
+    from distill.export.serve import KEY_VARIABLE, run
+    from distill.export.serve_limits import Limits
+
+    limits = Limits(
+        body_bytes=max_body, prompt_tokens=max_prompt_tokens, new_tokens=max_new_tokens, queue=max_queue, rows=max_rows,
+        request_s=timeout, read_s=read_timeout, connections=max_connections, drain_s=drain, cache_gb=cache_gb,
+    )  # fmt: skip
+    run(
+        artifact, host, port, os.environ.get(KEY_VARIABLE, ""), limits, variant=variant, threads=threads,
+        origin=allow_origin, temperature=temperature, top_p=top_p,
+    )  # fmt: skip
+
+
+@app.command("bench")
+@guarded
+def bench(
+    artifact: Artifact,
+    variant: VariantOption = None,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Medians are taken over so many.")] = 3,
+    threads: Threads = 0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure an artifact on this machine: first token, tokens a second, batches, time to load, peak memory."""
+    from distill.export import bench as measuring
+
+    result = measuring.bench(artifact, variant, threads, rounds, quiet)
+    if as_json:
+        print_json(result)
+        return
+    print_table(["measured", "median", "rounds"], measuring.as_rows(result))
+    machine, versions = result["machine"], ", ".join(f"{name} {one}" for name, one in result["versions"].items())
+    print(
+        f"{result['artifact']} {result['variant']}, {result['threads']} threads on {machine['processor']}; {versions}"
+    )
 
 
 if __name__ == "__main__":

@@ -3,17 +3,15 @@
 `OnnxDecoder` drives onnxruntime itself. onnxruntime-genai takes 32 rows of one length, and finds padding by token id:
 a prompt that contains the pad token (a ChatML prompt whose pad is `<|im_end|>`) is attended wrongly in its batches.
 Here every prompt is prefilled alone, straight into its row of one shared key/value cache, and rows of any length then
-decode together; a row that ends makes room for the next prompt at once. Nothing is padded, so a row's text does not
-depend on its neighbours beyond the rounding of a batched product.
+decode together; a row that ends makes room for the next prompt at once (`distill.onnx_batching`).
 `GenaiDecoder` is onnxruntime-genai as a user of the artifact would call it: one prompt, greedy.
 Neither torch nor transformers is needed; prompts and answers are token ids.
 """
 
 import json
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +20,8 @@ from numpy.typing import NDArray
 
 from distill.artifact import GENAI_CONFIG, locate, refuse_unsafe
 from distill.errors import ArtifactError, EngineError, MissingExtraError
+from distill.onnx_batching import PREFILL_CHUNK, Batch, Cache, Logits, Row, Views
 from distill.untrusted import read_runtime_config, refuse_unsafe_graph
-
-Logits = NDArray[np.float32]
-
-PREFILL_CHUNK = 256
-"""Prompt tokens run at once: their logits over the whole vocabulary are what costs memory."""
-NUCLEUS_GUESS = 256
-"""Most likely tokens sorted first when sampling with `top_p`; all are sorted only where these do not suffice."""
 
 
 @dataclass(frozen=True)
@@ -72,47 +64,6 @@ def read_shape(folder: Path) -> Shape:
         raise EngineError(
             f"{path}: cannot be used ({type(error).__name__}: {error}); give an artifact's folder"
         ) from error
-
-
-class Cache:
-    """Keys and values of all layers: per layer and kind one array [rows, heads, capacity, head_size].
-
-    Pages that no token reached are never touched, so memory follows the texts, not the capacity.
-    """
-
-    def __init__(self, shape: Shape, rows: int, capacity: int, dtype: type[np.floating[Any]] = np.float32) -> None:
-        size = (rows, shape.heads, capacity, shape.head_size)
-        names = [f"{layer}.{kind}" for layer in range(shape.layers) for kind in ("key", "value")]
-        self.arrays: dict[str, NDArray[np.floating[Any]]] = {name: np.empty(size, dtype) for name in names}
-
-    def rows(self, first: int, last: int) -> dict[str, NDArray[np.floating[Any]]]:
-        """Views of rows `first` to `last` (exclusive); what runs on them writes into the cache."""
-        return {name: array[first:last] for name, array in self.arrays.items()}
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of one row over another."""
-        for array in self.arrays.values():
-            array[target, :, :length] = array[source, :, :length]
-
-
-@dataclass
-class Row:
-    """One text being written."""
-
-    index: int
-    """Place of its prompt in the caller's list."""
-    prompt: Sequence[int]
-    limit: int
-    """New tokens it may have at most."""
-    rng: np.random.Generator
-    cached: int = 0
-    """Tokens whose keys and values are in the cache: all but the last one chosen."""
-    tokens: list[int] = field(default_factory=list)
-    """New tokens so far."""
-
-    def ended(self, end_ids: frozenset[int]) -> bool:
-        """Whether the last token ends the text, or no more may follow."""
-        return self.tokens[-1] in end_ids or len(self.tokens) >= self.limit
 
 
 class OnnxDecoder:
@@ -188,19 +139,28 @@ class OnnxDecoder:
         """
         end_ids = frozenset(self.shape.end_ids if eos_ids is None else eos_ids)
         self._check(prompts_ids, max_new_tokens)
-        waiting = deque(self._row(place, ids, max_new_tokens, seed) for place, ids in enumerate(prompts_ids))
-        capacity = max((len(row.prompt) + row.limit for row in waiting), default=0)
-        places = self._places(len(waiting), capacity)
-        cache = Cache(self.shape, places, capacity, self.dtype)
-        rows: list[Row] = []
-        while waiting or rows:
-            while waiting and len(rows) < places:
-                rows.append(waiting.popleft())
-                self._begin(rows[-1], cache.rows(len(rows) - 1, len(rows)), temperature, top_p)
-                yield from _take_ended(rows, cache, end_ids)
-            if rows:
-                self._advance(rows, cache, temperature, top_p)
-                yield from _take_ended(rows, cache, end_ids)
+        rows = [
+            Row(ids, self._limit(ids, max_new_tokens), _stream(seed, place), end_ids, temperature, top_p, place)
+            for place, ids in enumerate(prompts_ids)
+        ]
+        if not rows:
+            return
+        capacity = max(row.reserved for row in rows)
+        places = self._places(len(rows), capacity)
+        batch = Batch(self._forward, Cache(self.shape, places, capacity, self.dtype), places)
+        batch.waiting.extend(rows)
+        while batch.busy:
+            for row in batch.step():
+                if row.ended:
+                    yield row.index, row.tokens
+
+    def open_batch(self, places: int, capacity: int, kept: int) -> Batch:
+        """An empty batch of up to `places` rows for whoever runs it step by step; its cache takes `cache_gb` at most.
+
+        The longest text may have `capacity` tokens, and the starts of `kept` ended ones are kept for others to share.
+        """
+        cache = Cache(self.shape, places + kept, capacity, self.dtype)
+        return Batch(self._forward, cache, places, max(self.cache_bytes // cache.bytes_a_token, capacity))
 
     def _check(self, prompts_ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         if max_new_tokens < 1:
@@ -211,30 +171,12 @@ class OnnxDecoder:
                     f"prompt {place} has {len(ids)} tokens; between 1 and {self.shape.context - 1} fit the context"
                 )
 
-    def _row(self, place: int, ids: Sequence[int], max_new_tokens: int, seed: int | Sequence[int]) -> Row:
-        stream = [seed, place] if isinstance(seed, int) else [seed[place]]
-        limit = min(max_new_tokens, self.shape.context - len(ids))
-        return Row(place, ids, limit, np.random.default_rng(stream))
+    def _limit(self, ids: Sequence[int], max_new_tokens: int) -> int:
+        return min(max_new_tokens, self.shape.context - len(ids))
 
     def _places(self, prompts: int, capacity: int) -> int:
         affordable = self.cache_bytes // max(1, capacity * self.shape.bytes_a_token)
         return max(1, min(prompts, self.max_batch, affordable))
-
-    def _begin(self, row: Row, views: dict[str, NDArray[np.floating[Any]]], temperature: float, top_p: float) -> None:
-        """Prefill a prompt into its row of the cache and choose its first token."""
-        while row.cached < len(row.prompt):
-            ids = row.prompt[row.cached : row.cached + PREFILL_CHUNK]
-            logits_1TV = self._forward(np.array([ids]), np.array([row.cached]), views)
-            row.cached += len(ids)
-        row.tokens.append(choose(logits_1TV[0, -1], temperature, top_p, row.rng))
-
-    def _advance(self, rows: list[Row], cache: Cache, temperature: float, top_p: float) -> None:
-        """One step for all rows: feed each its last token, choose the next."""
-        ids_B1 = np.array([[row.tokens[-1]] for row in rows])
-        logits_B1V = self._forward(ids_B1, np.array([row.cached for row in rows]), cache.rows(0, len(rows)))
-        for row, logits_V in zip(rows, logits_B1V[:, 0], strict=True):
-            row.cached += 1
-            row.tokens.append(choose(logits_V, temperature, top_p, row.rng))
 
     # --- logits
 
@@ -256,9 +198,7 @@ class OnnxDecoder:
             out_TV[start:end] = self._forward(np.array([ids[start:end]]), np.array([start]), views)[0]
         return out_TV
 
-    def _forward(
-        self, ids_BT: NDArray[Any], cached_B: NDArray[Any], views: dict[str, NDArray[np.floating[Any]]]
-    ) -> Logits:
+    def _forward(self, ids_BT: NDArray[Any], cached_B: NDArray[Any], views: Views) -> Logits:
         """Run T new tokens of each row behind its `cached_B` tokens; logits [B, T, vocabulary].
 
         Rows may have different lengths only when T is 1: the kernel reads a row's length from its mask and takes the
@@ -285,44 +225,9 @@ class OnnxDecoder:
         return out_BTV
 
 
-def _take_ended(rows: list[Row], cache: Cache, end_ids: frozenset[int]) -> Iterator[tuple[int, list[int]]]:
-    """Yield and remove the rows that ended, keeping the others packed at the front of the cache."""
-    for place in range(len(rows) - 1, -1, -1):
-        row = rows[place]
-        if row.ended(end_ids):
-            last = rows.pop()
-            if last is not row:
-                cache.move(len(rows), place, last.cached)
-                rows[place] = last
-            yield row.index, row.tokens
-
-
-def choose(logits_V: Logits, temperature: float, top_p: float, rng: np.random.Generator) -> int:
-    """The next token: the most likely at temperature 0, else drawn from softmax(logits / temperature).
-
-    With `top_p` below 1 only the most likely tokens whose probabilities first reach `top_p` together can be drawn
-    (Holtzman et al. 2020, nucleus sampling). Ties go to the lower id.
-    """
-    if temperature <= 0:
-        return int(logits_V.argmax())
-    scaled_V = logits_V.astype(np.float64) / temperature
-    weights_V = np.exp(scaled_V - scaled_V.max())
-    weights_V /= weights_V.sum()
-    tokens = np.arange(weights_V.size) if top_p >= 1 else nucleus(weights_V, top_p)
-    cumulative = weights_V[tokens].cumsum()
-    drawn = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
-    return int(tokens[min(drawn, tokens.size - 1)])
-
-
-def nucleus(probabilities_V: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
-    """Ids of the fewest tokens, most likely first, whose probabilities reach `top_p` together (at least one)."""
-    guess = min(NUCLEUS_GUESS, probabilities_V.size)
-    candidates = np.sort(np.argpartition(-probabilities_V, guess - 1)[:guess])
-    if probabilities_V[candidates].sum() < top_p:
-        candidates = np.arange(probabilities_V.size)
-    order = candidates[np.argsort(-probabilities_V[candidates], kind="stable")]
-    reached = np.searchsorted(probabilities_V[order].cumsum(), top_p)
-    return order[: int(reached) + 1]
+def _stream(seed: int | Sequence[int], place: int) -> np.random.Generator:
+    """The random stream of a prompt."""
+    return np.random.default_rng([seed, place] if isinstance(seed, int) else [seed[place]])
 
 
 class GenaiDecoder:

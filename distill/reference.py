@@ -194,7 +194,7 @@ def cli_page() -> str:
     """The command reference in Markdown."""
     from typer.main import get_command
 
-    from distill.cli import RESERVED, app
+    from distill.cli import app
 
     command: Any = get_command(app)
     parts, first_with = [CLI_OPENING, f"## distill\n\n{_options(command)}"], dict[str, str]()
@@ -204,8 +204,7 @@ def cli_page() -> str:
         usage = " ".join([name, *(_argument(part) for part in verb.params if part.param_type_name == "argument")])
         shown = options if same == name else f"Arguments and options are those of `distill {same}`.\n"
         parts.append(f"## distill {name}\n\n    distill {usage} [options]\n\n{verb.help.strip()}\n\n{shown}")
-    reserved = ", ".join(f"`{name}`" for name in RESERVED)
-    return "\n".join([*parts, f"## Reserved\n\nRefused with exit code 2 until they are there: {reserved}.\n"])
+    return "\n".join(parts)
 
 
 def _verbs(command: Any, before: str = "") -> Iterator[tuple[str, Any]]:

@@ -246,6 +246,7 @@ def package(
         options={
             "variants": {variant: tried[variant][-1].scheme for variant in export.variants},
             "gates": export.gates.model_dump(mode="json"),
+            "format": recipe.format.model_dump(include={"system", "open_marker", "close_marker"}),
         },
         gates=tuple(gates),
         evaluation=tuple(evaluated(recipe, step, summaries)),

@@ -5,18 +5,13 @@ are left out where there is none.
 """
 
 import base64
-import fcntl
 import hashlib
+import importlib.util
 import json
-import os
 import random
 import re
-import select
-import shutil
-import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -371,84 +366,20 @@ def test_a_folder_in_the_way_is_said(cli: Cli, traces: Path, tmp_path: Path) -> 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH (Debian: apt-get install chromium)")
-SWITCHES = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe",
-)  # fmt: skip
-ANSWER_S = 60
-"""How long the browser may take to answer, on a busy machine."""
-MISDEEDS = ("Page.javascriptDialogOpening", "Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
-"""Events of a page that does what it must not, or complains."""
+spec = importlib.util.spec_from_file_location("chromium", Path(__file__).parent / "chromium.py")
+assert spec and spec.loader
+chromium_module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(chromium_module)
+needs_chromium, chromium = chromium_module.needs_chromium, chromium_module.chromium
 
 
-class Chromium:
-    """One tab of a headless Chromium, told what to do in its DevTools protocol through a pair of pipes."""
-
-    def __init__(self, orders: int, answers: int) -> None:
-        self._orders, self._answers = orders, answers
-        self._unread, self._number, self._session = b"", 0, ""
-        self.events: list[dict[str, Any]] = []
-        tab = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=tab, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
-        self.call("Emulation.setDeviceMetricsOverride", width=1280, height=800, deviceScaleFactor=1, mobile=False)
-
-    def call(self, method: str, **parameters: Any) -> Any:
-        """Give an order and wait for its result; events that come meanwhile are kept."""
-        self._number += 1
-        order = {"id": self._number, "method": method, "params": parameters}
-        order |= {"sessionId": self._session} if self._session else {}
-        os.write(self._orders, json.dumps(order).encode() + b"\0")
-        while (message := self._message()).get("id") != self._number:
-            self.events.append(message)
-        assert "error" not in message, f"{method}: {message['error']}"
-        return message["result"]
-
-    def _message(self) -> dict[str, Any]:
-        while b"\0" not in self._unread:
-            assert select.select([self._answers], [], [], ANSWER_S)[0], "the browser does not answer"
-            read = os.read(self._answers, 1 << 20)
-            assert read, "the browser has ended"
-            self._unread += read
-        text, _, self._unread = self._unread.partition(b"\0")
-        message: dict[str, Any] = json.loads(text)
-        return message
+class Viewer(chromium_module.Chromium):  # type: ignore[misc, name-defined]
+    """A tab with the viewer's page."""
 
     def open(self, page: Path, state: str = "") -> None:
         """Load a page anew and wait until its list is there."""
-        self.call("Page.navigate", url="about:blank")
-        self.events.clear()
-        self.call("Page.navigate", url=page.as_uri() + state)
-        self.until("document.body?.classList.contains('ready') && document.readyState === 'complete'")
-
-    def value(self, expression: str) -> Any:
-        """The value of an expression in the page; a click in it counts as a person's."""
-        given = {"returnByValue": True, "awaitPromise": True, "userGesture": True}
-        found = self.call("Runtime.evaluate", expression=expression, **given)
-        assert "exceptionDetails" not in found, found["exceptionDetails"]
-        return found["result"].get("value")
-
-    def until(self, expression: str) -> Any:
-        """Wait until an expression is true in the page."""
-        patience = time.monotonic() + ANSWER_S
-        while not (found := self.value(expression)):
-            assert time.monotonic() < patience, f"never came true: {expression}; list: {self.value(COUNT)}"
-            time.sleep(0.02)
-        return found
-
-    def press(self, *keys: str) -> None:
-        """Press keys, as a person would."""
-        for key in keys:
-            text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
-            code = {"Enter": 13, "Escape": 27, "End": 35, "Home": 36}.get(key, 0)
-            for kind in ("keyDown", "keyUp"):
-                given = {"text": text} if kind == "keyDown" else {}
-                self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **given)
+        ready = "document.body?.classList.contains('ready') && document.readyState === 'complete'"
+        self.go(page.as_uri() + state, ready)
 
     def search(self, words: str) -> None:
         """Type words into the search field and wait for the last hit."""
@@ -464,13 +395,6 @@ class Chromium:
             f"{buttons}.find(button => button.querySelector('bdi')?.textContent === {json.dumps(value)}).click()"
         )
 
-    def misdeeds(self) -> list[str]:
-        """What the page did since it was opened that it must not do: dialogs, complaints, requests."""
-        self.value("new Promise(done => setTimeout(done, 100))")
-        found = [str(event["params"])[:500] for event in self.events if event["method"] in MISDEEDS]
-        asked = [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
-        return found + [url for url in asked if not url.startswith(("file:", "about:"))]
-
 
 COUNT = "document.getElementById('count')?.textContent"
 DETAIL = "document.getElementById('detail').innerText"
@@ -478,29 +402,9 @@ ROWS = "document.querySelectorAll('.row').length"
 CHOSEN = "document.querySelector('.row[aria-selected=true]')?.id"
 
 
-@contextmanager
-def chromium(profile: Path) -> Iterator[Chromium]:
-    """A browser with a new profile; it reads its orders from descriptor 3, answers on 4, and ends when 3 is closed."""
-    theirs_in, orders = os.pipe()
-    answers, theirs_out = os.pipe()
-    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (theirs_in, theirs_out)]  # out of the way of 3 and 4
-    actions = [(os.POSIX_SPAWN_DUP2, high[0], 3), (os.POSIX_SPAWN_DUP2, high[1], 4)]
-    actions += [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (1, 2)]
-    command = [str(CHROMIUM), *SWITCHES, f"--user-data-dir={profile}", "about:blank"]
-    child = os.posix_spawn(str(CHROMIUM), command, os.environ, file_actions=actions)
-    for fd in (theirs_in, theirs_out, *high):
-        os.close(fd)
-    try:
-        yield Chromium(orders, answers)
-    finally:
-        os.close(orders)
-        os.waitpid(child, 0)
-        os.close(answers)
-
-
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    with chromium(tmp_path_factory.mktemp("profile")) as one:
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Viewer]:
+    with chromium(tmp_path_factory.mktemp("profile"), Viewer) as one:
         yield one
 
 
@@ -535,7 +439,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.full
 @needs_chromium
-def test_ten_thousand_traces_are_listed_searched_filtered_and_read_offline(browser: Chromium, large: Path) -> None:
+def test_ten_thousand_traces_are_listed_searched_filtered_and_read_offline(browser: Viewer, large: Path) -> None:
     browser.open(large)
     assert browser.value(COUNT) == "10,000 traces"
     assert 0 < browser.value(ROWS) < 60, "only the rows in view are drawn"
@@ -572,7 +476,7 @@ def test_ten_thousand_traces_are_listed_searched_filtered_and_read_offline(brows
 
 @pytest.mark.full
 @needs_chromium
-def test_the_keyboard_reaches_every_trace_and_its_siblings(browser: Chromium, large: Path) -> None:
+def test_the_keyboard_reaches_every_trace_and_its_siblings(browser: Viewer, large: Path) -> None:
     browser.open(large)
     browser.value("document.getElementById('list').focus()")
     browser.press("End")
@@ -604,7 +508,7 @@ def test_the_keyboard_reaches_every_trace_and_its_siblings(browser: Chromium, la
 
 @pytest.mark.full
 @needs_chromium
-def test_an_id_is_copied(browser: Chromium, tmp_path: Path) -> None:
+def test_an_id_is_copied(browser: Viewer, tmp_path: Path) -> None:
     browser.open(write_page([shown_of(7)], tmp_path / "page.html", "sums").path, "#trace=t7")
     browser.until("document.querySelector('.copy')?.textContent === 'Copy trace id'")
     browser.value("document.querySelector('.copy').click()")
@@ -617,7 +521,7 @@ def test_an_id_is_copied(browser: Chromium, tmp_path: Path) -> None:
 
 @pytest.mark.full
 @needs_chromium
-def test_hostile_traces_are_shown_as_text_and_nothing_of_them_runs(browser: Chromium, tmp_path: Path) -> None:
+def test_hostile_traces_are_shown_as_text_and_nothing_of_them_runs(browser: Viewer, tmp_path: Path) -> None:
     shown = hostile()
     write_page(shown, tmp_path / "hostile.html", HOSTILE, HOSTILE)
     browser.open(tmp_path / "hostile.html")
@@ -643,7 +547,7 @@ def test_hostile_traces_are_shown_as_text_and_nothing_of_them_runs(browser: Chro
 
 @pytest.mark.full
 @needs_chromium
-def test_the_page_refuses_markup_even_from_its_own_script(browser: Chromium, tmp_path: Path) -> None:
+def test_the_page_refuses_markup_even_from_its_own_script(browser: Viewer, tmp_path: Path) -> None:
     write_page([shown_of(1)], tmp_path / "page.html", "sums")
     browser.open(tmp_path / "page.html")
     attempt = "(() => { try { document.body.innerHTML = '<b>x</b>' } catch (error) { return error.name } })()"
@@ -652,7 +556,7 @@ def test_the_page_refuses_markup_even_from_its_own_script(browser: Chromium, tmp
 
 @pytest.mark.full
 @needs_chromium
-def test_a_damaged_page_says_so(browser: Chromium, tmp_path: Path) -> None:
+def test_a_damaged_page_says_so(browser: Viewer, tmp_path: Path) -> None:
     write_page([shown_of(1)], tmp_path / "page.html", "sums")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     (tmp_path / "page.html").write_text(re.sub(r'(id="part-0">)[^<]{20}', r"\1", text), encoding="utf-8")
@@ -663,7 +567,7 @@ def test_a_damaged_page_says_so(browser: Chromium, tmp_path: Path) -> None:
 
 @pytest.mark.full
 @needs_chromium
-def test_the_watch_sees_what_a_page_must_not_do(browser: Chromium, tmp_path: Path) -> None:
+def test_the_watch_sees_what_a_page_must_not_do(browser: Viewer, tmp_path: Path) -> None:
     def misdeeds_of(body: Sequence[str]) -> list[str]:
         (tmp_path / "bad.html").write_text(f'<body class="ready">{"".join(body)}', encoding="utf-8")
         browser.open(tmp_path / "bad.html")

@@ -1,5 +1,6 @@
 """Tiny students whose every parameter matters, and their exported variants; each is made once a session."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -100,6 +101,24 @@ def optimum_home(monkeypatch: pytest.MonkeyPatch) -> Path:
         pytest.skip("Optimum is not here: make optimum-env")
     monkeypatch.setenv("DISTILL_OPTIMUM", str(home))
     return home
+
+
+@pytest.fixture(scope="session")
+def altered(exported: Variant, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function from a template and end tokens to an artifact that has these; its context is longer than others'."""
+
+    def alter(template: str | None = None, end_ids: list[int] | None = None) -> Path:
+        folder = tmp_path_factory.mktemp("altered") / "artifact"
+        shutil.copytree(exported(max_position_embeddings=8192), folder)
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template)
+        if end_ids is not None:
+            config = json.loads((folder / "genai_config.json").read_text())
+            config["model"]["eos_token_id"] = end_ids
+            (folder / "genai_config.json").write_text(json.dumps(config))
+        return folder
+
+    return alter
 
 
 @pytest.fixture(scope="session")

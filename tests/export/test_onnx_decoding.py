@@ -12,15 +12,8 @@ import pytest
 
 from distill.artifact import VARIANT_FILES, data_file, locate
 from distill.errors import ArtifactError, EngineError
-from distill.onnx_decoding import (
-    PREFILL_CHUNK,
-    Cache,
-    GenaiDecoder,
-    OnnxDecoder,
-    choose,
-    nucleus,
-    read_shape,
-)
+from distill.onnx_batching import PREFILL_CHUNK, Cache, choose, nucleus
+from distill.onnx_decoding import GenaiDecoder, OnnxDecoder, read_shape
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 LENGTHS = (5, 300, 17, 1, 44, 257, 9)
@@ -269,11 +262,11 @@ def test_damaged_weights_do_not_become_text(exported: Callable[..., Path], tmp_p
         OnnxDecoder(folder, threads=1).generate([[5, 6]], 3)
 
 
-def test_moving_a_row_keeps_its_tokens_and_nobody_elses(exported: Callable[..., Path]) -> None:
+def test_copying_a_row_keeps_its_tokens_and_nobody_elses(exported: Callable[..., Path]) -> None:
     cache = Cache(read_shape(exported()), rows=3, capacity=8)
     for number, array in enumerate(cache.arrays.values()):
         array[:] = np.arange(3)[:, None, None, None] + 10 * number
-    cache.move(source=2, target=0, length=5)
+    cache.copy(source=2, target=0, length=5)
     for number, array in enumerate(cache.arrays.values()):
         assert (array[0, :, :5] == 10 * number + 2).all()
         assert (array[0, :, 5:] == 10 * number).all()
