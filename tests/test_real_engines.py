@@ -262,10 +262,14 @@ def test_vllm_writes_and_scores_what_transformers_does(smollm2: Path, tmp_path: 
 def test_vllm_stores_the_distributions_that_transformers_does(smollm2: Path, tmp_path: Path) -> None:
     from distill.logprobs import LogprobCache
 
-    source = {"name": "sums", "reasoning_gym": {"task": "basic_arithmetic", "size": 12, "seed": 5}}
+    params = {"operators": ["+"], "max_terms": 2, "allow_parentheses": False, "allow_negation": False}
+    source = {
+        "name": "sums", "reasoning_gym": {"task": "basic_arithmetic", "size": 12, "seed": 5, "params": params},
+    }  # fmt: skip
+    options = {"enforce_eager": True, "max_model_len": 513, "kv_cache_gb": 0.5, "max_num_seqs": AT_ONCE}
     caches = []
     for engine, python in (("vllm", VLLM_PYTHON), ("transformers", sys.executable)):
-        teacher = {"name": engine, "model": str(smollm2), "engine": engine, "precision": "bf16"}
+        teacher = {"name": engine, "model": str(smollm2), "engine": engine, "precision": "bf16", "vllm": options}
         sections = {
             "name": "scored", "prompts": [source], "teacher": {"engine": "solver"}, "format": {"max_tokens": 512},
             "logprobs": {"teachers": [teacher], "form": "topk", "k": 8},
