@@ -176,6 +176,7 @@ def start_beside(model: Any, options: WriterOptions, context: int) -> Any:
         config.save_pretrained(folder)
         from vllm import LLM
 
+        require_same_device(model.device)
         arguments = arguments_of(options) | {"dtype": dtype, "max_model_len": context}
         try:
             return LLM(model=folder, load_format="dummy", generation_config="vllm", **arguments)
@@ -185,6 +186,20 @@ def start_beside(model: Any, options: WriterOptions, context: int) -> Any:
                 f"vLLM cannot start beside the student: {type(error).__name__}: {first}; its log above says why, and"
                 " the phase's vllm has its options (gpu_memory_utilization, kv_cache_gb, max_num_seqs, …)"
             ) from error
+
+
+def require_same_device(device: Any) -> None:
+    """Refuse a vLLM that was built for other devices than the student's, or would take another one of them.
+
+    Raises EngineError.
+    """
+    from vllm.platforms import current_platform
+
+    if device.type != current_platform.device_type or device.index:
+        raise EngineError(
+            f"the student is on {device}, vLLM would run on the first {current_platform.device_type!r} device; choose"
+            " it with --device and CUDA_VISIBLE_DEVICES, or set writer: transformers"
+        )
 
 
 IN_PROCESS = {

@@ -364,7 +364,7 @@ def test_spans_of_the_same_tokenizer_are_the_plain_cache(
     assert same > 0.9, "but for rows where a special token is among the likeliest"
 
 
-@pytest.mark.parametrize("phase", [{"teacher": "cache"}, {"teacher": "memory"}, {"kind": "on_policy"}], ids=str)
+@pytest.mark.parametrize("phase", [{"teacher": "cache"}, {"kind": "on_policy"}], ids=str)
 def test_the_monitor_measures_the_kl_from_the_teacher_on_held_out_traces(
     phase: dict[str, Any], tiny_model: TinyModel, teacher: Path, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:

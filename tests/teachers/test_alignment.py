@@ -78,7 +78,7 @@ def test_readings_come_back_as_they_were_written_and_memory_holds_one_pass_of_th
         for index, scored in scorer(range(len(documents))):
             rows[index] = scored
             gc.collect()
-            alive.append(sum(isinstance(thing, Reading) for thing in gc.get_objects()))
+            alive.append(sum(type(thing) is Reading for thing in gc.get_objects()))
         found.append(rows)
     assert len(documents) == 20 and max(alive[:20]) <= 1 < max(alive) < 10
     for index in range(20):
