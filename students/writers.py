@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from distill.config import OnPolicyPhase, WriterOptions
 from distill.engines.transformers import end_ids, generate_ids
-from distill.errors import EngineError, MissingExtraError, TrainingError
+from distill.errors import EngineError, MissingExtraError
 from distill.models import quiet_loading
 from distill.processes import launched
 
@@ -126,11 +126,12 @@ class VllmWriter:
         """See `Writer`."""
         if self._llm is None:
             return
-        from vllm.distributed import cleanup_dist_env_and_memory
+        from vllm.distributed import cleanup_dist_env_and_memory, destroy_model_parallel
 
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
-        cleanup_dist_env_and_memory()
+        # of several processes the group is the training's, which goes on
+        (cleanup_dist_env_and_memory if launched().size == 1 else destroy_model_parallel)()
 
 
 def writer_of(phase: OnPolicyPhase, pad_id: int, vocabulary: int, context: int) -> Writer:
@@ -141,19 +142,9 @@ def writer_of(phase: OnPolicyPhase, pad_id: int, vocabulary: int, context: int) 
 
 
 def require_writer(phase: OnPolicyPhase) -> None:
-    """Refuse, before any work, a vLLM that is not installed, or several processes that would each start one.
-
-    Raises MissingExtraError or TrainingError.
-    """
-    if phase.writer != "vllm":
-        return
-    if importlib.util.find_spec("vllm") is None:
+    """Refuse, before any work, a vLLM that is not installed. Raises MissingExtraError."""
+    if phase.writer == "vllm" and importlib.util.find_spec("vllm") is None:
         raise MissingExtraError("vllm", "vllm")
-    if launched().size > 1:
-        raise TrainingError(
-            f"writer: vllm was started in {launched().size} processes, but it has a process group of its own; start"
-            " one, or set writer: transformers"
-        )
 
 
 def checkpoint_weights(model: Any) -> Iterator[tuple[str, Any]]:
@@ -178,6 +169,8 @@ def start_beside(model: Any, options: WriterOptions, context: int) -> Any:
 
         require_same_device(model.device)
         arguments = arguments_of(options) | {"dtype": dtype, "max_model_len": context}
+        if launched().size > 1:  # each process has a vLLM of its own, in the group that they train in
+            arguments["distributed_executor_backend"] = "external_launcher"
         try:
             return LLM(model=folder, load_format="dummy", generation_config="vllm", **arguments)
         except Exception as error:  # every way in which a device or memory can fail; the log has the details
@@ -195,7 +188,7 @@ def require_same_device(device: Any) -> None:
     """
     from vllm.platforms import current_platform
 
-    if device.type != current_platform.device_type or device.index:
+    if device.type != current_platform.device_type or (device.index or 0) != int(os.environ.get("LOCAL_RANK", "0")):
         raise EngineError(
             f"the student is on {device}, vLLM would run on the first {current_platform.device_type!r} device; choose"
             " it with --device and CUDA_VISIBLE_DEVICES, or set writer: transformers"
