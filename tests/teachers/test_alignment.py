@@ -61,6 +61,9 @@ def test_readings_come_back_as_they_were_written_and_memory_holds_one_pass_of_th
     model = load_model(find_model(str(new_model(tmp_path / "model", "llama", tokens=512))), attention=PER_DOCUMENT)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(12)
+    model.get_input_embeddings().register_forward_hook(  # in every pass of the teacher
+        lambda *given: alive.append(sum(type(thing) is Reading for thing in gc.get_objects()))
+    )
     names = torch.from_numpy(names_in(own, theirs, 512))
     facts = Facts("topk", 5, 0, 1.0, 0, 400, "t" * 64, SPANS)
     given = dict(read(tmp_path / "examples.jsonl", own, theirs, FormatConfig()))
@@ -74,13 +77,8 @@ def test_readings_come_back_as_they_were_written_and_memory_holds_one_pass_of_th
     for budget in (1, 300):
         logprobs = Logprobs(teachers=[{"name": "t", "model": "m"}], micro_batch_tokens=budget)
         scorer = SpansScorer(model, documents, readings, names, facts, logprobs)
-        rows = {}
-        for index, scored in scorer(range(len(documents))):
-            rows[index] = scored
-            gc.collect()
-            alive.append(sum(type(thing) is Reading for thing in gc.get_objects()))
-        found.append(rows)
-    assert len(documents) == 20 and max(alive[:20]) <= 1 < max(alive) < 10
+        found.append(dict(scorer(range(len(documents)))))
+    assert alive[:20] == [1] * 20 and 2 < len(alive[20:]) < 12 and max(alive[20:]) < 10 and sum(alive[20:]) == 20
     for index in range(20):
         alone, together = (rows[index] for rows in found)
         assert np.array_equal(alone.seen, together.seen) and alone.seen.any()
