@@ -188,10 +188,11 @@ def require_same_device(device: Any) -> None:
     """
     from vllm.platforms import current_platform
 
-    if device.type != current_platform.device_type or (device.index or 0) != int(os.environ.get("LOCAL_RANK", "0")):
+    kind, own = current_platform.device_type, int(os.environ.get("LOCAL_RANK", "0"))
+    if device.type != kind or (kind != "cpu" and (device.index or 0) != own):
         raise EngineError(
-            f"the student is on {device}, vLLM would run on the first {current_platform.device_type!r} device; choose"
-            " it with --device and CUDA_VISIBLE_DEVICES, or set writer: transformers"
+            f"the student is on {device}, but vLLM would run on {kind}{f':{own}' if kind != 'cpu' else ''}; choose by"
+            " CUDA_VISIBLE_DEVICES instead of --device, or set writer: transformers"
         )
 
 
