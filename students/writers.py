@@ -5,6 +5,7 @@ under the names of a plain checkpoint, adapters merged, through its own reloadin
 forgotten with the weights it was computed by.
 """
 
+import gc
 import importlib.util
 import os
 import tempfile
@@ -126,12 +127,16 @@ class VllmWriter:
         """See `Writer`."""
         if self._llm is None:
             return
-        from vllm.distributed import cleanup_dist_env_and_memory, destroy_model_parallel
+        engine, self._llm = self._llm.llm_engine, None
+        if launched().size == 1:
+            engine.engine_core.shutdown()
+            return
+        # that would end the group of processes too, in which the training goes on
+        from vllm.distributed import destroy_model_parallel
 
-        self._llm.llm_engine.engine_core.shutdown()
-        self._llm = None
-        # of several processes the group is the training's, which goes on
-        (cleanup_dist_env_and_memory if launched().size == 1 else destroy_model_parallel)()
+        engine.model_executor.shutdown()
+        destroy_model_parallel()
+        gc.unfreeze()
 
 
 def writer_of(phase: OnPolicyPhase, pad_id: int, vocabulary: int, context: int) -> Writer:
