@@ -5,7 +5,6 @@ under the names of a plain checkpoint, adapters merged, through its own reloadin
 forgotten with the weights it was computed by.
 """
 
-import gc
 import importlib.util
 import os
 import tempfile
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from distill.config import OnPolicyPhase, WriterOptions
 from distill.engines.transformers import end_ids, generate_ids
-from distill.errors import EngineError, MissingExtraError
+from distill.errors import EngineError, MissingExtraError, TrainingError
 from distill.models import quiet_loading
 from distill.processes import launched
 
@@ -127,16 +126,8 @@ class VllmWriter:
         """See `Writer`."""
         if self._llm is None:
             return
-        engine, self._llm = self._llm.llm_engine, None
-        if launched().size == 1:
-            engine.engine_core.shutdown()
-            return
-        # that would end the group of processes too, in which the training goes on
-        from vllm.distributed import destroy_model_parallel
-
-        engine.model_executor.shutdown()
-        destroy_model_parallel()
-        gc.unfreeze()
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
 
 
 def writer_of(phase: OnPolicyPhase, pad_id: int, vocabulary: int, context: int) -> Writer:
@@ -147,8 +138,18 @@ def writer_of(phase: OnPolicyPhase, pad_id: int, vocabulary: int, context: int) 
 
 
 def require_writer(phase: OnPolicyPhase) -> None:
-    """Refuse, before any work, a vLLM that is not installed. Raises MissingExtraError."""
-    if phase.writer == "vllm" and importlib.util.find_spec("vllm") is None:
+    """Refuse, before any work, a vLLM that is not installed, or one in each of several processes.
+
+    Raises MissingExtraError or TrainingError.
+    """
+    if phase.writer != "vllm":
+        return
+    if launched().size > 1:
+        raise TrainingError(
+            f"writer is vllm, but {launched().size} processes train: when it closes, vLLM ends the group that they talk"
+            " in; start one process, or set writer: transformers"
+        )
+    if importlib.util.find_spec("vllm") is None:
         raise MissingExtraError("vllm", "vllm")
 
 
@@ -174,8 +175,6 @@ def start_beside(model: Any, options: WriterOptions, context: int) -> Any:
 
         require_same_device(model.device)
         arguments = arguments_of(options) | {"dtype": dtype, "max_model_len": context}
-        if launched().size > 1:  # each process has a vLLM of its own, in the group that they train in
-            arguments["distributed_executor_backend"] = "external_launcher"
         try:
             return LLM(model=folder, load_format="dummy", generation_config="vllm", **arguments)
         except Exception as error:  # every way in which a device or memory can fail; the log has the details
@@ -193,11 +192,10 @@ def require_same_device(device: Any) -> None:
     """
     from vllm.platforms import current_platform
 
-    kind, own = current_platform.device_type, int(os.environ.get("LOCAL_RANK", "0"))
-    if device.type != kind or (kind != "cpu" and (device.index or 0) != own):
+    if device.type != current_platform.device_type or device.index:
         raise EngineError(
-            f"the student is on {device}, but vLLM would run on {kind}{f':{own}' if kind != 'cpu' else ''}; choose by"
-            " CUDA_VISIBLE_DEVICES instead of --device, or set writer: transformers"
+            f"the student is on {device}, vLLM would run on the first {current_platform.device_type!r} device; choose"
+            " by CUDA_VISIBLE_DEVICES instead of --device, or set writer: transformers"
         )
 
 

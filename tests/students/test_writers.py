@@ -14,7 +14,7 @@ import torch
 
 from distill.config import Lora, OnPolicyPhase
 from distill.documents import Documents
-from distill.errors import MissingExtraError
+from distill.errors import MissingExtraError, TrainingError
 from distill.students.adapters import merged_weights, with_adapters
 from distill.students.distributed import World
 from distill.students.on_policy import Guard, Rollouts
@@ -102,6 +102,12 @@ def test_a_vllm_that_is_not_installed_is_named_with_its_extra() -> None:
     require_writer(OnPolicyPhase(kind="on_policy"))
 
 
+def test_several_processes_that_would_each_start_a_vllm_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match="2 processes train"):
+        require_writer(OnPolicyPhase(kind="on_policy", writer="vllm"))
+
+
 # --- a real vLLM ----------------------------------------------------------------------------------------------------
 
 
@@ -135,9 +141,8 @@ def test_vllm_writes_with_the_weights_it_was_given_last(vllm_python: Path, new_m
 class OnPolicy:
     """`distill train` of an on-policy phase with vLLM as the writer, in a process and run store of its own."""
 
-    def __init__(self, python: Path, recipe: Path, runs: Path, processes: int = 1) -> None:
-        several = ["-m", "torch.distributed.run", "--nproc-per-node", processes] if processes > 1 else []
-        command = [python, *several, "-m", "distill", "train", recipe, "--threads", "1", "--runs", runs]
+    def __init__(self, python: Path, recipe: Path, runs: Path) -> None:
+        command = [python, "-m", "distill", "train", recipe, "--threads", "1", "--runs", runs]
         self.command = list(map(str, command))
         self.runs = runs
 
@@ -209,13 +214,3 @@ def test_a_student_that_vllm_writes_for_learns_and_ends_complete_after_a_kill(
     assert [row["step"] for row in killed.rows()] == [row["step"] for row in whole.rows()]
     assert resumed["counts"]["steps"] == sealed["counts"]["steps"]
     assert resumed["digest"] == sealed["digest"], "in one thread vLLM computes the same passes again"
-
-
-@pytest.mark.full
-@pytest.mark.timeout(900)
-def test_several_processes_write_with_a_vllm_each(vllm_python: Path, recipe: Path, tmp_path: Path) -> None:
-    both = OnPolicy(vllm_python, recipe, tmp_path / "both", processes=2)
-    sealed = both.finish()
-    losses = [row["loss"] for row in both.rows()]
-    assert len(losses) == sealed["counts"]["steps_planned"] > 12
-    assert sum(losses[-4:]) < 0.8 * sum(losses[:4]), losses
