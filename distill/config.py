@@ -664,6 +664,8 @@ class TeacherModel(Section):
     """Who computes a cache: `transformers` exactly and in every form, `vllm` top-k only."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of its matrix products; probabilities are always fp32."""
+    vllm: VllmOptions = VllmOptions()
+    """How the model is run, for `engine: vllm`; its `dtype` follows `precision` unless it is given."""
     licence: str | None = unhashed(None)
     """Licence of the model, carried into the student's card."""
     weight: float = Field(default=1.0, gt=0)
@@ -709,6 +711,10 @@ class Logprobs(Section):
                 " form: topk, temperature: 1 and alignment: same_tokenizer, or engine: transformers"
             )
         return self
+
+    def key(self, name: str) -> str:
+        """Where a teacher stands in the recipe, as an override would write it: `logprobs.teachers.0`."""
+        return f"logprobs.teachers.{[one.name for one in self.teachers].index(name)}"
 
     def weights(self) -> dict[str, float]:
         """Each teacher's share in the loss; they add up to 1."""
@@ -811,6 +817,9 @@ class Monitor(Section):
     """Limit of an answer's tokens."""
     batch_size: int = Field(default=32, gt=0)
     """Prompts generated together."""
+    kl: bool = False
+    """Also measure how far the student is from the phase's teachers on the held-out traces: `heldout_kl`, the mean
+    KL(teacher || student) in nats a token. From drawn tokens it has the teacher's entropy in it, a constant."""
     lm_eval: list[str] = []
     """Tasks of lm-evaluation-harness, where it is installed."""
     lm_eval_limit: int | None = Field(default=64, gt=0)
@@ -900,6 +909,8 @@ class TrainingPhase(Section):
             )
         if self.early_stopping is not None:
             self._stopping_has_figures(self.early_stopping)
+        if self.monitor and self.monitor.kl and not self.heldout_traces:
+            raise ValueError("monitor.kl is measured on held-out traces: set heldout_traces above 0")
         return self
 
     def _stopping_has_figures(self, stopping: EarlyStopping) -> None:
@@ -916,6 +927,12 @@ class SftPhase(TrainingPhase):
 
     kind: Literal["sft"]
     """Cross-entropy on reasoning, answer and end token."""
+
+    @model_validator(mode="after")
+    def _has_no_teachers(self) -> Self:
+        if self.monitor and self.monitor.kl:
+            raise ValueError("monitor.kl: an sft phase has no teachers to be near to; leave it out")
+        return self
 
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "taid"]
@@ -954,7 +971,15 @@ class KdPhase(TrainingPhase):
     skew: float = Field(default=0.1, gt=0, lt=1)
     """Share of the other distribution that the skewed divergences mix in."""
     taid_start: float = Field(default=0.4, ge=0, lt=1)
-    """Share of the teacher's logits in the target of `taid` at the first step; it rises evenly to 1 at the last."""
+    """Share of the teacher's logits in the target of `taid` at the first step."""
+    taid_end: float = Field(default=1.0, gt=0, le=1)
+    """The same at the last step; the share never falls between."""
+    taid_schedule: Literal["linear", "adaptive"] = "linear"
+    """How the share rises: evenly, or `adaptive`: at least evenly, and faster while the loss falls."""
+    taid_rate: float = Field(default=5e-4, gt=0, le=1)
+    """Size of the adaptive steps (alpha of Shing et al. 2025)."""
+    taid_momentum: float = Field(default=0.99, ge=0, lt=1)
+    """How much of the running mean of the loss's relative change is kept at each step (their beta)."""
     tail: Literal["bucket", "renormalised_biased", "truncated_biased"] = "bucket"
     """What becomes of the mass outside a `topk` cache: one more outcome (exact on that partition); or, biased, the head
     scaled up to 1, or the tail left out."""
@@ -977,6 +1002,24 @@ class KdPhase(TrainingPhase):
             raise ValueError("replay: its chats are in no cache; set teacher: memory, or replay in an sft phase")
         if self.hidden and (self.lora or self.gradient_checkpointing):
             raise ValueError("hidden: goes with neither lora nor gradient_checkpointing; leave them out")
+        if self.taid_end <= self.taid_start:
+            raise ValueError(f"taid_end is {self.taid_end:g}; it must be above taid_start ({self.taid_start:g})")
+        return self
+
+
+class WriterOptions(VllmOptions):
+    """vLLM beside the student that it writes for, in the same process and on the same device."""
+
+    gpu_memory_utilization: float = unhashed(0.3, gt=0, le=1)
+    """Share of the device's memory that vLLM may take; the training needs the rest."""
+
+    @model_validator(mode="after")
+    def _beside_the_student(self) -> Self:
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            if getattr(self, name) != 1:
+                raise ValueError(f"{name}: vLLM writes on the student's own device; leave it out")
+        if self.quantization is not None:
+            raise ValueError("quantization: the student's weights are handed over as they are; leave it out")
         return self
 
 
@@ -997,7 +1040,14 @@ class OnPolicyPhase(KdPhase):
     sampling_temperature: float = Field(default=1.0, gt=0)
     """Temperature at which the student draws."""
     batch_size: int = Field(default=32, gt=0)
-    """Prompts answered together."""
+    """Prompts answered together (vLLM batches by itself)."""
+    writer: Literal["transformers", "vllm"] = "transformers"
+    """Who computes what the student writes: the model that trains, by transformers' generation; or a vLLM beside it,
+    which is given the weights anew."""
+    sync_every_steps: int = Field(default=1, gt=0)
+    """Optimizer steps after which vLLM is given the weights again; above 1, answers are of an older student."""
+    vllm: WriterOptions = WriterOptions()
+    """How vLLM runs, for `writer: vllm`; its `dtype` is the student's precision unless it is given."""
     min_stop_rate: float = Field(default=0.5, ge=0, le=1)
     """Least share of answers that must end by themselves, at the start and over each of the later windows; below, it
     stops: such a student needs supervised training first."""
@@ -1012,6 +1062,10 @@ class OnPolicyPhase(KdPhase):
             raise ValueError("ce_weight: the tokens are the student's own; leave it out, or put an sft phase before")
         if self.loss_weights != LossWeights():
             raise ValueError("loss_weights: what the student writes is not split into parts; leave them out")
+        if self.sync_every_steps != 1 and self.writer != "vllm":
+            raise ValueError("sync_every_steps: transformers writes with the weights as they are; set writer: vllm")
+        if self.writer == "vllm" and self.lora and self.lora.quantize != "none":
+            raise ValueError("writer vllm takes whole weights: set writer: transformers, or lora.quantize: none")
         if self.divergence == "sampled_reverse_kl" and (
             self.on_policy_fraction != 1 or self.temperature != self.sampling_temperature
         ):

@@ -115,6 +115,15 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + signum
 
 
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Say which key of the recipe named the model that is refused inside the block."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{key}: {error}") from error
+
+
 STORAGE_ERRNOS = {
     errno.ENOSPC: "no space left",
     errno.EDQUOT: "quota exceeded",

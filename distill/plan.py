@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from distill.config import KdPhase, PromptSource, Recipe, Replay, TeacherModel, hashed_fields
 from distill.engines import ENGINES, load
-from distill.errors import RecipeError
+from distill.errors import RecipeError, naming
 from distill.models import find_model, model_digest, tokenizer_root
 from distill.prompts import roots as prompt_roots
 from distill.records import digest_json
@@ -277,8 +277,10 @@ class Planner:
 
     def _distilled(self, teacher: TeacherModel) -> dict[str, Any]:
         """What identifies a teacher whose distribution is learned, but for its share in a mixture."""
+        assert self.recipe.logprobs is not None  # where teachers are named
         fields = {key: value for key, value in self.hashed(teacher).items() if key not in ("name", "weight")}
-        return {**fields, **self._model("model", teacher.model, teacher.revision)}
+        with naming(f"{self.recipe.logprobs.key(teacher.name)}.model"):
+            return {**fields, **self._model("model", teacher.model, teacher.revision)}
 
     def _tokenizer(self) -> str:
         """What identifies the student's tokenizer."""

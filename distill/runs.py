@@ -95,8 +95,20 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+LARGE = 1 << 20
+"""Bytes from which on a file's digest is remembered; smaller ones are read every time."""
+AT_REST_NS = 2_000_000_000
+"""Age of a file's last change before its digest is remembered: a clock's tick may hide a change right after it."""
+SAVE_EVERY = 1 << 30
+"""Bytes read between two saves of what was found."""
+
+
 class DigestCache:
-    """sha256 of large input files, remembered by path, size and modification time outside the run store."""
+    """sha256 of large files, remembered outside the run store by path, size and times of modification and change.
+
+    The time of change (ctime) is the system's own: no program sets it back, as it may the modification time. So a file
+    whose bytes were changed is read again, whoever changed them; bytes that rot on the disk are not noticed.
+    """
 
     def __init__(self, path: Path | None = None) -> None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -104,30 +116,47 @@ class DigestCache:
 
     def of(self, path: Path) -> str:
         """Digest of a file, or of a folder: the digests of its regular files under their relative names."""
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-            names = "\n".join(f"{p.relative_to(path).as_posix()} {self.of(p)}" for p in files)
-            return hashlib.sha256(names.encode()).hexdigest()
-        status = path.stat()
-        if status.st_size < 1 << 20:
-            return file_digest(path)
-        key = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
-        known = self._read()
-        if key not in known:
-            known[key] = file_digest(path)
-            self._write(known)
-        return known[key]
+        if not path.is_dir():
+            return self.of_all([path])[0]
+        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        digests = zip(files, self.of_all(files), strict=True)
+        names = "\n".join(f"{p.relative_to(path).as_posix()} {digest}" for p, digest in digests)
+        return hashlib.sha256(names.encode()).hexdigest()
 
-    def _read(self) -> dict[str, str]:
+    def of_all(self, paths: Sequence[Path]) -> list[str]:
+        """Digests of files; what is remembered is read and written once for all of them."""
+        known = self._read() if any(path.stat().st_size >= LARGE for path in paths) else {}
+        digests, unsaved = [], 0
+        for path in paths:
+            status = path.stat()
+            name, stamp = str(path.resolve()), [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+            before = known.get(name)
+            if before is not None and before[:3] == stamp:
+                digests.append(str(before[3]))
+                continue
+            read_at = time.time_ns()
+            digests.append(file_digest(path))
+            if status.st_size >= LARGE and read_at - max(stamp[1:]) >= AT_REST_NS:
+                known[name] = [*stamp, digests[-1]]
+                unsaved += status.st_size
+            if unsaved >= SAVE_EVERY:
+                self._write(known)
+                unsaved = 0
+        if unsaved:
+            self._write(known)
+        return digests
+
+    def _read(self) -> dict[str, list[Any]]:
         try:
-            return dict(json.loads(self.path.read_text()))
+            found = dict(json.loads(self.path.read_text()))
         except (OSError, ValueError):
             return {}
+        return {name: one for name, one in found.items() if isinstance(one, list) and len(one) == 4}
 
-    def _write(self, known: dict[str, str]) -> None:
+    def _write(self, known: dict[str, list[Any]]) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, known)
+            write_json(self.path, {name: one for name, one in known.items() if Path(name).exists()})
         except OSError:
             pass  # a cache that cannot be written only costs the next hash
 
@@ -201,7 +230,8 @@ class SealedRun:
 def open_sealed(folder: Path, check: bool = True) -> SealedRun:
     """Open a finished stage run.
 
-    Raises RunError if it is unfinished or holds other bytes than its stage.json says.
+    Files that were not changed since they were last read (see `DigestCache`) are not read again: a cache of tens of
+    gigabytes opens in no time. Raises RunError if it is unfinished or holds other bytes than its stage.json says.
     """
     try:
         document = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
@@ -210,28 +240,33 @@ def open_sealed(folder: Path, check: bool = True) -> SealedRun:
     except ValueError as error:
         raise RunError(f"{folder / STAGE_FILE}: damaged ({error}); delete the folder and run again") from error
     if check:
-        for name, expected in document["files"].items():
-            _check_file(folder, name, expected)
+        _check_files(folder, document["files"])
     return SealedRun(folder, document)
 
 
-_checked: dict[tuple[str, int, int], str] = {}
-"""Digests of files already read by this process, by path, size and modification time."""
+_checked: dict[tuple[str, int, int, int], str] = {}
+"""Digests of files already read by this process, by path, size and times."""
 
 
-def _check_file(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
-    path = folder / name
-    if not path.is_file():
-        raise RunError(f"{path}: missing, though {STAGE_FILE} lists it; delete {folder} and run again")
+def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    for name in files:
+        if not (folder / name).is_file():
+            raise RunError(f"{folder / name}: missing, though {STAGE_FILE} lists it; delete {folder} and run again")
+    keys = {name: _state_of(folder / name) for name in files}
+    unread = [name for name, key in keys.items() if key not in _checked]
+    for name, digest in zip(unread, DigestCache().of_all([folder / name for name in unread]), strict=True):
+        _checked[keys[name]] = digest
+    for name, expected in files.items():
+        if _checked[keys[name]] != expected["sha256"]:
+            raise RunError(
+                f"{folder / name}: holds other bytes than {STAGE_FILE} says (it was changed after the stage ended);"
+                f" restore it, or delete {folder} and run again"
+            )
+
+
+def _state_of(path: Path) -> tuple[str, int, int, int]:
     status = path.stat()
-    key = (str(path.resolve()), status.st_size, status.st_mtime_ns)
-    if key not in _checked:
-        _checked[key] = file_digest(path)
-    if _checked[key] != expected["sha256"]:
-        raise RunError(
-            f"{path}: holds other bytes than {STAGE_FILE} says (it was changed after the stage ended);"
-            f" restore it, or delete {folder} and run again"
-        )
+    return str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 # --- writing a run --------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Low-rank adapters through peft: put on a base, trained, and merged into a plain checkpoint at the end of a phase."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from distill.config import Lora
@@ -130,3 +131,18 @@ def merged(base: Any, lora: Lora, state: dict[str, Any], seed: int) -> Any:
         for name, value in state.items():
             own[name].copy_(value)
     return wrapped.merge_and_unload()
+
+
+def merged_weights(model: Any) -> Iterator[tuple[str, Any]]:
+    """The weights of a wrapped model as its base would have them with the adapters merged, which they are not.
+
+    What is yielded are sums of their own: merging and taking apart again would leave rounding in the weights.
+    """
+    base = model.get_base_model()
+    for name, weight in base.named_parameters():
+        if ".lora_" in name or ".original_module." in name:
+            continue
+        if name.endswith(".base_layer.weight"):
+            layer = base.get_submodule(name.removesuffix(".base_layer.weight"))
+            weight = weight.detach() + layer.get_delta_weight("default").to(weight.dtype)
+        yield name.replace(".base_layer.", ".").replace(".modules_to_save.default.", "."), weight

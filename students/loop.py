@@ -45,7 +45,8 @@ from .packing import (
     plan_steps,
 )
 from .stopping import Stopping
-from .tutors import Tutor
+from .taid import TeacherShare
+from .tutors import Tutor, TutorInMemory
 from .weights import make_weights
 
 
@@ -122,6 +123,7 @@ class Trainer:
         self.objective = self.weights.engage(objective, self.optimizer)
         self.mean = RunningMean(self.weights.params, phase.ema_decay) if phase.ema_decay else None
         self.stopping = Stopping(phase.early_stopping)
+        self.share = TeacherShare(phase, len(self.plan)) if isinstance(phase, KdPhase) else None
         self.last_lengths: list[int] = []
         """Tokens of each document of the last step."""
         self._writer = CheckpointWriter(work, phase.keep_checkpoints)
@@ -148,6 +150,8 @@ class Trainer:
             for own, name, param in zip(self.mean.means, self.weights.names, self.weights.params):
                 own.copy_(self.weights.like(state["mean"]["weights"][name], param))
         self.stopping.load(state["stopping"])
+        if self.share is not None and "share" in state:
+            self.share.load(state["share"])
         if self.rollouts is not None:
             self.rollouts.guard.load(state["guard"])
         return int(state["step"])
@@ -160,6 +164,8 @@ class Trainer:
             "stopping": self.stopping.state(),
             **self._expected(),
         }
+        if self.share is not None:
+            state["share"] = self.share.state()
         if self.rollouts is not None:
             state["guard"] = self.rollouts.guard.state()
         if self.mean is not None:
@@ -236,8 +242,8 @@ class Trainer:
         started = time.perf_counter()
         documents, chosen = self._material(step)
         packs = cut(chosen, documents, self.phase)
-        if isinstance(self.phase, KdPhase):
-            self._plain.mix = mix_of(self.phase, step / max(1, len(self.plan) - 1))
+        if isinstance(self.phase, KdPhase) and self.share is not None:
+            self._plain.mix = mix_of(self.phase, self.share.at(step))
         lr = learning_rate(self.phase, step, len(self.plan))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -254,6 +260,8 @@ class Trainer:
         supervised, cells = (sum(values) for values in zip(*((len(p.rows_N), p.ids_BT.size) for p in packs)))
         seconds = time.perf_counter() - started
         loss = sums.loss / sums.weight
+        if self.share is not None:
+            self.share.take(step, loss)
         tokens = sum(self.last_lengths)
         return StepReport(step + 1, loss, lr, norm, tokens, supervised, len(packs), seconds, cells)
 
@@ -367,21 +375,37 @@ def compiled(model: Any, wanted: bool) -> Iterator[None]:
 
 def heldout_losses(trainer: Trainer, documents: Documents) -> dict[str, float]:
     """Mean negative log-likelihood of held-out documents in nats a token: of each segment, and of all together."""
+    means = heldout_means(trainer, documents)
+    by_segment = {f"heldout_loss_{name}": mean for name, mean in means.items() if name}
+    return {"heldout_loss": means[""], **by_segment}
+
+
+def heldout_kl(trainer: Trainer, documents: Documents) -> dict[str, float]:
+    """Mean KL(teacher || student) on held-out documents in nats a token."""
+    tutor = trainer.tutor
+    if isinstance(tutor, TutorInMemory):  # whatever the phase learns of it, here all of the distribution counts
+        tutor = tutor._replace(drawn_only=False, match=None)
+    return {"heldout_kl": heldout_means(trainer, documents, tutor)[""]}
+
+
+def heldout_means(trainer: Trainer, documents: Documents, tutor: Tutor | None = None) -> dict[str, float]:
+    """Means over the rows of documents, by segment and (under "") of all: -log q, or with a tutor the KL from it."""
     phase = trainer.phase.model_copy(update={"loss_weights": type(trainer.phase.loss_weights)()})
     packs = cut(range(len(documents)), documents, phase)
     sums = torch.zeros(2, len(SEGMENTS), dtype=torch.float64)
     for turn in range(trainer.world.rounds(packs)):
         place = turn * trainer.world.size + trainer.world.rank
         pack = packs[min(place, len(packs) - 1)]
+        tensors = PackTensors.of(pack, trainer.model.device)
         with torch.no_grad():
-            found = trainer.objective(PackTensors.of(pack, trainer.model.device))
+            found = trainer.objective(tensors, tutor.lesson(documents, pack, tensors) if tutor else None)
         if place < len(packs):
             kinds = torch.from_numpy(pack.segments_N).long()
             sums[0].index_add_(0, kinds, found.nll_N.double().cpu())
             sums[1].index_add_(0, kinds, torch.ones(len(kinds), dtype=torch.float64))
-    nll, count = torch.tensor(trainer.world.sums(sums.flatten().tolist()), dtype=torch.float64).view(2, -1)
-    by_segment = {f"heldout_loss_{name}": float(nll[i] / count[i]) for i, name in enumerate(SEGMENTS) if count[i]}
-    return {"heldout_loss": float(nll.sum() / count.sum()), **by_segment}
+    total, count = torch.tensor(trainer.world.sums(sums.flatten().tolist()), dtype=torch.float64).view(2, -1)
+    by_segment = {name: float(total[i] / count[i]) for i, name in enumerate(SEGMENTS) if count[i]}
+    return {"": float(total.sum() / count.sum()), **by_segment}
 
 
 def write_metrics(path: Path, start: int) -> Callable[[Mapping[str, Any]], None]:

@@ -23,7 +23,7 @@ from distill.plan import set_sources
 from distill.records import Prompt
 from distill.runs import RunOptions
 
-from .loop import Trainer, heldout_losses
+from .loop import Trainer, heldout_kl, heldout_losses
 
 LooksAt = Callable[[Trainer, int], Mapping[str, Any]]
 
@@ -41,10 +41,12 @@ class Watcher:
     options: RunOptions
 
     def __call__(self, trainer: Trainer, step: int) -> dict[str, Any]:
-        """Figures of the student as it is: `heldout_loss…`, `accuracy`, `SET/accuracy`, `SET/stop_rate`, …"""
+        """Figures of the student as it is: `heldout_loss…`, `heldout_kl`, `accuracy`, `SET/accuracy`, …"""
         figures: dict[str, Any] = {}
         if self.heldout is not None:
             figures |= heldout_losses(trainer, self.heldout)
+            if self.monitor.kl:
+                figures |= heldout_kl(trainer, self.heldout)
         if self.prompts or self.monitor.lm_eval:
             with student_that_writes(trainer) as model:
                 figures |= trainer.world.from_main(self._written(model, step) if model is not None else None)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from distill.attention import PER_DOCUMENT, final_hidden
 from distill.config import KdPhase, TrainingPhase
+from distill.products import product
 
 from . import divergences
-from .distillation import Mix, Targets, distillation_loss
+from .distillation import WIDE_ROWS, Mix, Targets, distillation_loss
 from .hidden import captured_by, match_of
 from .kernels import fused_loss
 from .losses import Losses, cross_entropy, row_losses
@@ -64,13 +65,16 @@ class StudentObjective(nn.Module):
         """The pack's weighted loss, summed, and the negative log-likelihood of every row.
 
         With a lesson the loss is the phase's divergence to the teachers, and what their hidden states add. Without
-        gradients it is the weighted likelihood alone, whatever training adds.
+        gradients it is the weighted likelihood alone, whatever training adds, or with a lesson forward KL.
         """
         phase = self.phase
         match = match_of(self.model) if lesson is not None and lesson.features else None
         with captured_by(match, self.model) as states:
             hidden_NH = self.hidden(pack).flatten(0, 1)[pack.rows_N]
         head_VH = self.model.get_output_embeddings().weight
+        if not torch.is_grad_enabled() and lesson is not None:
+            kl_N = distances(hidden_NH, head_VH, lesson.targets, phase)
+            return Losses((kl_N * pack.weights_N).sum(), kl_N)
         if not torch.is_grad_enabled():
             nll_N = row_losses(hidden_NH, head_VH, pack.targets_N)
             return Losses((nll_N * pack.weights_N).sum(), nll_N)
@@ -95,19 +99,31 @@ class StudentObjective(nn.Module):
         return final_hidden(self.model, pack.positions_BT, pack.bounds, **given)
 
 
-def mix_of(phase: KdPhase, done: float) -> Mix:
-    """The loss of a distilling phase of which a share `done` is behind us."""
-    return Mix(measure_of(phase, done), phase.temperature, phase.kd_weight, phase.ce_weight)
+def distances(hidden_NH: Tensor, head_VH: Tensor, targets: Targets, phase: TrainingPhase) -> Tensor:
+    """KL(teacher || student) of every row at the phase's temperature, in nats, [N]; a few rows' logits at a time."""
+    assert isinstance(phase, KdPhase)  # only such a phase has teachers
+    found = []
+    for start in range(0, len(hidden_NH), WIDE_ROWS):
+        some_NH = hidden_NH[start : start + WIDE_ROWS]
+        logits = product(some_NH, head_VH[: targets.vocabulary].T).float() / phase.temperature
+        known = targets.chunk(start, start + len(some_NH)).at(0, len(some_NH))
+        found.append(known.pull_(logits.log_softmax(-1), divergences.forward_kl))
+    return torch.cat(found)
 
 
-def measure_of(phase: KdPhase, done: float) -> divergences.Measure:
-    """The phase's divergence; the target of `taid` moves with the share that is done."""
+def mix_of(phase: KdPhase, share: float) -> Mix:
+    """The loss of a distilling phase; the teacher has `share` in the target of `taid`, if that is its divergence."""
+    return Mix(measure_of(phase, share), phase.temperature, phase.kd_weight, phase.ce_weight)
+
+
+def measure_of(phase: KdPhase, share: float) -> divergences.Measure:
+    """The phase's divergence, as `mix_of` has it."""
     if phase.divergence == "jsd":
         return partial(divergences.jsd, beta=phase.jsd_beta)
     if phase.divergence in ("skewed_kl", "skewed_reverse_kl"):
         return partial(getattr(divergences, phase.divergence), skew=phase.skew)
     if phase.divergence == "taid":
-        return partial(divergences.taid, share=phase.taid_start + (1 - phase.taid_start) * done)
+        return partial(divergences.taid, share=share)
     return divergences.forward_kl if phase.divergence == "forward_kl" else divergences.reverse_kl
 
 

@@ -15,12 +15,12 @@ import numpy as np
 
 from distill.config import OnPolicyPhase
 from distill.documents import Documents
-from distill.engines.transformers import end_ids, generate_ids
+from distill.engines.transformers import end_ids
 from distill.errors import TrainingError
 from distill.format import ANSWER, EOS, PROMPT, Document
-from distill.models import quiet_loading
 
 from .distributed import World
+from .writers import Batch, Writer
 
 
 @dataclass
@@ -88,12 +88,12 @@ class Rollouts:
     """Turns a step's documents into what the student writes to their prompts."""
 
     phase: OnPolicyPhase
-    pad_id: int
+    writer: Writer
     guard: Guard
-    vocabulary: int
-    """Tokens that the teachers know; no others are drawn."""
     context: int
     """Longest text, prompt and answer together, that student and teachers can read."""
+    _synced: bool = False
+    """Whether this process has given the writer weights."""
 
     def documents(
         self, model: Any, documents: Documents, chosen: Sequence[int], step: int, world: World
@@ -103,9 +103,12 @@ class Rollouts:
         A prompt that has no room left in the context keeps its trace, or is left out where only drawn tokens may teach.
         Raises TrainingError if nothing is left.
         """
+        if not self._synced or step % self.phase.sync_every_steps == 0:
+            self.writer.sync(model)
+            self._synced = True
         own = self._own(documents, chosen, step)
         prompts = [prompt_of(documents, chosen[place]) for place in own]
-        answers = self._answers(model, prompts, step, world)
+        answers = self._answers(prompts, step, world)
         ends = set(end_ids(model))
         stopped = [bool(answer) and answer[-1] in ends for answer in answers]
         self.guard.take([len(answer) for answer in answers], stopped)
@@ -132,22 +135,19 @@ class Rollouts:
         rng.shuffle(order)
         return order[: math.floor(self.phase.on_policy_fraction * len(chosen) + rng.random())]
 
-    def _answers(self, model: Any, prompts: Sequence[list[int]], step: int, world: World) -> list[list[int]]:
+    def _answers(self, prompts: Sequence[list[int]], step: int, world: World) -> list[list[int]]:
         size = self.phase.batch_size
         cuts = [(number, prompts[at : at + size]) for number, at in enumerate(range(0, len(prompts), size))]
-        mine: dict[int, list[list[int]]] = {}
-        for number, batch in world.share(cuts):
-            seed = random.Random(f"{self.phase.seed}:{step}:{number}").getrandbits(31)
-            with quiet_loading():
-                mine[number] = generate_ids(
-                    model,
-                    batch,
-                    min(self.phase.max_new_tokens, self.context - max(map(len, batch))),
-                    self.phase.sampling_temperature,
-                    seed=seed,
-                    pad_id=self.pad_id,
-                    vocabulary=self.vocabulary,
-                )
+        own = world.share(cuts)
+        batches = [
+            Batch(
+                some,
+                min(self.phase.max_new_tokens, self.context - max(map(len, some))),
+                random.Random(f"{self.phase.seed}:{step}:{number}").getrandbits(31),
+            )
+            for number, some in own
+        ]
+        mine = {number: answers for (number, _), answers in zip(own, self.writer.write(batches), strict=True)}
         everyones = {number: answers for one in world.gathered(mine) for number, answers in one.items()}
         return [answer for number, _ in cuts for answer in everyones[number]]
 

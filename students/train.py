@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ from .throughput import peak_flops, peak_memory_mb, shape_of
 from .trackers import require_trackers, trackers
 from .tutors import Tutor, TutorInMemory, cached_tutor, require_teachers, tutor_in_memory
 from .vocabulary import add_tokens
+from .writers import require_writer, writer_of
 from .zero import check_zero
 
 HELDOUT_SEED = "heldout"
@@ -79,6 +81,8 @@ def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
         assert recipe.logprobs is not None  # the recipe's own validation
         tokenizer = load_tokenizer(find_model(student.init, student.revision))
         require_teachers(recipe.logprobs, phase, tokenizer, recipe.format.max_tokens)
+    if isinstance(phase, OnPolicyPhase):
+        require_writer(phase)
     if isinstance(phase, OnPolicyPhase) and (shared := shared_by(student.parallel)) in ("fsdp", "zero3"):
         raise TrainingError(
             f"student.parallel is {shared}, which scatters the model, but in an on_policy phase every process writes"
@@ -211,6 +215,7 @@ def train(ready: Ready, recipe: Recipe, run: OpenRun, world: World) -> dict[str,
     checkpoint_activations(ready.model, phase)
     look = watcher(ready, recipe, run) if phase.monitor else None
     tutor = tutor_of(ready, recipe, run.step) if isinstance(phase, KdPhase) else None
+    rollouts = rollouts_of(phase, ready, tutor) if isinstance(phase, OnPolicyPhase) else None
     trainer = Trainer(
         ready.model,
         ready.documents,
@@ -222,7 +227,7 @@ def train(ready: Ready, recipe: Recipe, run: OpenRun, world: World) -> dict[str,
         shared_by(student.parallel),
         look,
         tutor,
-        rollouts_of(phase, ready, tutor) if isinstance(phase, OnPolicyPhase) else None,
+        rollouts,
     )
     say_plan(trainer, run)
     append = write_metrics(run.path("metrics.jsonl"), trainer.resumed_from) if world.main else lambda values: None
@@ -231,6 +236,7 @@ def train(ready: Ready, recipe: Recipe, run: OpenRun, world: World) -> dict[str,
     usage = Usage.of(trainer, run.options)
     settings = {**phase.model_dump(mode="json"), "precision": student.precision, "init": student.init}
     with (
+        closing(rollouts.writer) if rollouts else nullcontext(),
         graceful() as stop,
         progress(
             f"train {run.step.name}",
@@ -271,7 +277,10 @@ def rollouts_of(phase: OnPolicyPhase, ready: Ready, tutor: Tutor | None) -> Roll
     """What lets the student answer for itself, in tokens and at lengths that the teachers know too."""
     assert isinstance(tutor, TutorInMemory)  # the recipe's own validation
     context = min(context_of(model) for model in (ready.model, *tutor.models))
-    return Rollouts(phase, int(ready.tokenizer.pad_token_id), Guard.of(phase), tutor.vocabulary, context)
+    if phase.writer == "vllm" and phase.vllm.max_model_len:
+        context = min(context, phase.vllm.max_model_len)
+    writer = writer_of(phase, int(ready.tokenizer.pad_token_id), tutor.vocabulary, context)
+    return Rollouts(phase, writer, Guard.of(phase), context)
 
 
 class Usage(NamedTuple):

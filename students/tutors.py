@@ -15,7 +15,7 @@ from torch import Tensor
 from distill.attention import PER_DOCUMENT, final_hidden
 from distill.config import KdPhase, Logprobs, OnPolicyPhase
 from distill.documents import Array, Documents
-from distill.errors import DataError, ModelError
+from distill.errors import DataError, ModelError, naming
 from distill.logprobs import SPANS, Facts, LogprobCache, Rows, joined_rows, open_cache, require_fit
 from distill.models import DTYPE_NAMES, find_model, load_config, load_model, load_tokenizer, require_context
 from distill.token_store import tokenizer_digest
@@ -251,8 +251,10 @@ def require_teachers(logprobs: Logprobs, phase: KdPhase, tokenizer: Any, most_to
     answers with another token: it would call every end that the student writes a mistake.
     """
     for teacher in logprobs.teachers:
-        source, where = find_model(teacher.model, teacher.revision), f"logprobs.teachers.{teacher.name}"
-        require_context(where, load_config(source), most_tokens)
+        where = f"logprobs.teachers.{teacher.name}"
+        with naming(logprobs.key(teacher.name)):
+            source = find_model(teacher.model, teacher.revision)
+            require_context(f"teacher {teacher.name}", load_config(source), most_tokens)
         theirs = load_tokenizer(source)
         shared_vocabulary(tokenizer, theirs, teacher.name)
         if isinstance(phase, OnPolicyPhase) and different_ends(tokenizer, theirs):

@@ -7,7 +7,7 @@ the divergence of that partition. Elsewhere, inside a token of one of them, noth
 ULD, compare sorted probabilities at every position instead; GOLD, Patiño et al. 2025, merges tokens of one text span.)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from distill.runs import RunOptions
 from distill.vocabularies import names_in
 
 from .distributions import kept
-from .score import Scorer, load_teacher, log_probabilities, read_packed
+from .score import Scorer, batches, load_teacher, log_probabilities, read_packed
 
 
 class Reading(NamedTuple):
@@ -40,6 +40,43 @@ class Reading(NamedTuple):
     """The student's row for each of these."""
 
 
+class Entry(NamedTuple):
+    """Where a reading lies in a file of them."""
+
+    start: int
+    """Bytes before it."""
+    tokens: int
+    aligned: int
+
+
+class Readings:
+    """Readings by the keys of their documents, in a file: memory holds where each lies, and what is being read."""
+
+    def __init__(self, path: Path, readings: Iterable[tuple[bytes, Reading]]) -> None:
+        """Write them all; of documents with equal keys the first counts."""
+        self._path = path
+        self._entries: dict[bytes, Entry] = {}
+        with path.open("wb") as out:
+            for key, reading in readings:
+                if key not in self._entries:
+                    self._entries[key] = Entry(out.tell(), len(reading.ids), len(reading.rows))
+                    out.write(np.concatenate(reading).astype("<i4").tobytes())
+
+    def entry(self, key: bytes) -> Entry:
+        """How long a reading is, without reading it."""
+        return self._entries[key]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest one."""
+        return max((entry.tokens for entry in self._entries.values()), default=0)
+
+    def __getitem__(self, key: bytes) -> Reading:
+        start, tokens, aligned = self._entries[key]
+        numbers = np.fromfile(self._path, "<i4", tokens + 2 * aligned, offset=start)
+        return Reading(numbers[:tokens], *(part.astype(np.int64) for part in np.split(numbers[tokens:], 2)))
+
+
 def spans_scorer(
     recipe: Recipe,
     teacher: TeacherModel,
@@ -47,9 +84,12 @@ def spans_scorer(
     digest: str,
     documents: Documents,
     examples: Path,
+    spool: Path,
     options: RunOptions,
 ) -> tuple[Facts, Scorer, dict[str, Any]]:
     """Scores documents whose tokens are another tokenizer's; also says what share of the rows it covers.
+
+    What the teacher reads is kept in the file `spool`.
 
     Raises DataError where that is below `logprobs.min_coverage`.
     """
@@ -57,16 +97,16 @@ def spans_scorer(
     assert logprobs is not None  # the plan has no score step without it
     theirs = load_tokenizer(find_model(teacher.model, teacher.revision))
     set_template(theirs, recipe.format)
-    readings = dict(read(examples, tokenizer, theirs, recipe.format))
+    readings = Readings(spool, read(examples, tokenizer, theirs, recipe.format))
     source = find_model(teacher.model, teacher.revision)
     context = int(load_config(source).max_position_embeddings)
-    if (longest := max((len(reading.ids) for reading in readings.values()), default=0)) > context:
+    if (longest := readings.longest) > context:
         raise ModelError(
             f"logprobs.teachers.{teacher.name}: a document has {longest:,} of its tokens, its context {context:,}; set"
             " format.max_tokens lower"
         )
     rows = [len(documents.supervised(index)) for index in range(len(documents))]
-    aligned = sum(len(readings[document_key(documents.ids(index))].rows) for index in range(len(documents)))
+    aligned = sum(readings.entry(document_key(documents.ids(index))).aligned for index in range(len(documents)))
     coverage = aligned / max(1, sum(rows))
     if coverage < logprobs.min_coverage:
         raise DataError(
@@ -88,31 +128,33 @@ def spans_scorer(
 
 @dataclass(frozen=True)
 class SpansScorer:
-    """A teacher in memory that reads every document in its own tokens."""
+    """A teacher in memory that reads documents in its own tokens, packed up to `micro_batch_tokens` a pass."""
 
     model: Any
     documents: Documents
-    readings: dict[bytes, Reading]
+    readings: Readings
     names_V: torch.Tensor
     facts: Facts
     logprobs: Logprobs
 
     def __call__(self, chosen: Sequence[int]) -> Iterator[tuple[int, Rows]]:
         """See `Scorer`."""
-        for index in chosen:
+        keys = {index: document_key(self.documents.ids(index)) for index in chosen}
+        lengths = {index: self.readings.entry(key).tokens for index, key in keys.items()}
+        for batch in batches(lengths, chosen, self.logprobs.micro_batch_tokens):
             with torch.no_grad():
-                rows = self._scored(index)
-            yield index, rows
+                scored = list(self._scored(batch, [self.readings[keys[index]] for index in batch]))
+            yield from scored
 
-    def _scored(self, index: int) -> Rows:
+    def _scored(self, batch: Sequence[int], readings: Sequence[Reading]) -> Iterator[tuple[int, Rows]]:
         head_VH = self.model.get_output_embeddings().weight[: len(self.names_V)]
-        reading = self.readings[document_key(self.documents.ids(index))]
-        hidden_TH, _ = read_packed(self.model, [reading.ids])
-        places = torch.from_numpy(reading.places - 1).to(hidden_TH.device)
-        parts = [empty_rows(0, self.facts.k)]
-        for _, log_p in log_probabilities(hidden_TH[places], head_VH, self.facts.temperature):
-            parts.append(kept(log_p, None, self.facts, self.names_V))
-        return spread(joined_rows(parts), reading.rows, len(self.documents.supervised(index)))
+        hidden_TH, bounds = read_packed(self.model, [reading.ids for reading in readings])
+        for index, reading, start in zip(batch, readings, bounds):
+            places = torch.from_numpy(start + reading.places - 1).to(hidden_TH.device)
+            parts = [empty_rows(0, self.facts.k)]
+            for _, log_p in log_probabilities(hidden_TH[places], head_VH, self.facts.temperature):
+                parts.append(kept(log_p, None, self.facts, self.names_V))
+            yield index, spread(joined_rows(parts), reading.rows, len(self.documents.supervised(index)))
 
 
 def spread(rows: Rows, places: Array, count: int) -> Rows:

@@ -5,7 +5,7 @@ distribution in the form that the recipe asks for (`distill.logprobs`). One run 
 rows: a killed run goes on with the first shard that is not there.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from distill.attention import PER_DOCUMENT, final_hidden
 from distill.config import Logprobs, Recipe, TeacherModel
 from distill.documents import Array, Documents
-from distill.errors import DataError, ModelError
+from distill.errors import DataError, ModelError, naming
 from distill.format import set_template
 from distill.interrupts import graceful
 from distill.logprobs import MANIFEST, Facts, LogprobCache, Rows, document_key, joined_rows, write_manifest, write_shard
@@ -54,12 +54,14 @@ Scorer = Callable[[Sequence[int]], Iterator[tuple[int, Rows]]]
 def preflight(recipe: Recipe, step: Step, options: RunOptions) -> None:
     """Refuse, before any work: a teacher that is not there, another tokenizer, an engine that is not installed."""
     logprobs, teacher = _logprobs(recipe), teacher_of(recipe, step)
-    source = find_model(teacher.model, teacher.revision)
-    require_context(f"logprobs.teachers.{teacher.name}", load_config(source), recipe.format.max_tokens)
+    with naming(logprobs.key(teacher.name)):
+        source = find_model(teacher.model, teacher.revision)
+        require_context(f"teacher {teacher.name}", load_config(source), recipe.format.max_tokens)
     if teacher.engine == "vllm":
         from .served import require
 
-        require(recipe, teacher, options)
+        with naming(logprobs.key(teacher.name)):
+            require(recipe, teacher, options)
     if logprobs.alignment == "same_tokenizer":
         own, theirs = document_tokenizer(recipe, source), load_tokenizer(source)
         shared_vocabulary(own, theirs, teacher.name)
@@ -84,7 +86,8 @@ def run(recipe: Recipe, step: Step, options: RunOptions) -> None:
         if logprobs.alignment == "spans":
             from .alignment import spans_scorer
 
-            facts, score, more = spans_scorer(recipe, teacher, tokenizer, digest, documents, examples, options)
+            spool = run.work / "readings.bin"
+            facts, score, more = spans_scorer(recipe, teacher, tokenizer, digest, documents, examples, spool, options)
         else:
             facts, score, more = same_tokens_scorer(recipe, teacher, tokenizer, digest, documents, options)
         try:
@@ -218,7 +221,7 @@ class LiveScorer:
 
     def __call__(self, chosen: Sequence[int]) -> Iterator[tuple[int, Rows]]:
         """See `Scorer`."""
-        for batch in batches(self.documents, chosen, self.logprobs.micro_batch_tokens):
+        for batch in batches(self.documents.lengths, chosen, self.logprobs.micro_batch_tokens):
             with torch.no_grad():
                 scored = list(self._scored(batch))
             yield from scored
@@ -248,12 +251,12 @@ def log_probabilities(
             yield rows, (some.float() / temperature).log_softmax(-1)
 
 
-def batches(documents: Documents, chosen: Sequence[int], budget: int) -> Iterator[list[int]]:
+def batches(lengths: Mapping[int, int] | Array, chosen: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Documents of like length together, up to so many tokens (at least one)."""
     batch: list[int] = []
     room = 0
-    for index in sorted(chosen, key=lambda one: (-documents.lengths[one], one)):
-        length = int(documents.lengths[index])
+    for index in sorted(chosen, key=lambda one: (-lengths[one], one)):
+        length = int(lengths[index])
         if batch and length > room:
             yield batch
             batch, room = [], 0

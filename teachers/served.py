@@ -8,8 +8,9 @@ import numpy as np
 
 from distill.config import Recipe, TeacherConfig, TeacherModel
 from distill.documents import Documents
-from distill.errors import EngineError
+from distill.errors import EngineError, ModelError
 from distill.logprobs import Facts, Rows, empty_rows
+from distill.models import DTYPE_NAMES, load_config
 from distill.runs import RunOptions
 
 IN_FLIGHT = 64
@@ -18,14 +19,24 @@ IN_FLIGHT = 64
 
 def as_teacher(teacher: TeacherModel) -> TeacherConfig:
     """The engine's configuration for a model that only reads."""
-    return TeacherConfig(engine="vllm", model=teacher.model, revision=teacher.revision)
+    options = teacher.vllm
+    if options.dtype == "auto":
+        options = options.model_copy(update={"dtype": DTYPE_NAMES[teacher.precision]})
+    return TeacherConfig(engine="vllm", model=teacher.model, revision=teacher.revision, vllm=options)
 
 
 def require(recipe: Recipe, teacher: TeacherModel, options: RunOptions) -> None:
     """Refuse what vLLM cannot do here. Raises MissingExtraError, ModelError or EngineError."""
-    from distill.engines.vllm import preflight
+    from distill.engines.vllm import model_source, preflight
 
     preflight(as_teacher(teacher), recipe.format, options)
+    context = int(load_config(model_source(as_teacher(teacher))).max_position_embeddings)
+    context = min(context, teacher.vllm.max_model_len or context)
+    if recipe.format.max_tokens >= context:
+        raise ModelError(
+            f"teacher {teacher.name}: vLLM reads documents of up to {context - 1:,} tokens here, one less than the"
+            f" context; set format.max_tokens={context - 1} or raise its vllm.max_model_len"
+        )
 
 
 class ServedScorer:

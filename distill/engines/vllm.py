@@ -248,13 +248,29 @@ def scores_at(
 def start_vllm(source: ModelSource, options: VllmOptions) -> Any:
     """A running vLLM engine; to be called in the event loop that will use it. Raises EngineError."""
     from vllm import AsyncEngineArgs, AsyncLLMEngine
-    from vllm.platforms import current_platform
 
     arguments = {
         "model": source.where,
         "revision": None if source.folder else source.revision,
-        "skip_tokenizer_init": True,
         "max_logprobs": MOST_LOGPROBS,
+        **arguments_of(options),
+    }
+    try:
+        return AsyncLLMEngine.from_engine_args(AsyncEngineArgs(**arguments))
+    except Exception as error:  # every way in which a model, a device or memory can fail; the log has the details
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise EngineError(
+            f"vLLM cannot start with {source.name}: {type(error).__name__}: {first}; its log above says why, and"
+            " its options are under vllm (max_model_len, gpu_memory_utilization, kv_cache_gb, …)"
+        ) from error
+
+
+def arguments_of(options: VllmOptions) -> dict[str, Any]:
+    """What a vLLM that is given token ids is started with, but for its model."""
+    from vllm.platforms import current_platform
+
+    arguments = {
+        "skip_tokenizer_init": True,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         **options.model_dump(exclude={"kv_cache_gb"}),
@@ -264,14 +280,7 @@ def start_vllm(source: ModelSource, options: VllmOptions) -> Any:
     if current_platform.device_type == "cpu":
         # a prompt that is read in pieces sets its sampler's random state back, which ends vLLM on a processor
         arguments["enable_chunked_prefill"] = False
-    try:
-        return AsyncLLMEngine.from_engine_args(AsyncEngineArgs(**arguments))
-    except Exception as error:  # every way in which a model, a device or memory can fail; the log has the details
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise EngineError(
-            f"vLLM cannot start with {source.name}: {type(error).__name__}: {first}; its log above says why, and"
-            " teacher.vllm has its options (max_model_len, gpu_memory_utilization, kv_cache_gb, …)"
-        ) from error
+    return arguments
 
 
 @contextmanager

@@ -88,9 +88,10 @@ class Pruner(Section):
     """`asha` keeps the best share at each rung (Li et al. 2020); `median` stops what is worse than the median of the
     others at the same step."""
     metric: str = "heldout_loss"
-    """Figure of `metrics.jsonl`: `heldout_loss`, `accuracy`, `SET/accuracy`, …; the phase needs a monitor."""
+    """Figure of `metrics.jsonl`: `heldout_loss`, `heldout_kl`, `accuracy`, `SET/accuracy`, …; the phase needs a
+    monitor."""
     goal: Literal["max", "min"] | None = None
-    """Whether more or less is better; null takes less for a loss and more for anything else."""
+    """Whether more or less is better; null takes less for a loss or KL and more for anything else."""
     phase: int = Field(default=0, ge=0)
     """Training phase that is watched."""
     reduction: int = Field(default=3, ge=2)
@@ -101,7 +102,7 @@ class Pruner(Section):
     @property
     def rising(self) -> bool:
         """Whether more is better."""
-        return self.goal == "max" if self.goal else "loss" not in self.metric
+        return self.goal == "max" if self.goal else "loss" not in self.metric and self.metric != "heldout_kl"
 
 
 class Search(Section):

@@ -19,7 +19,9 @@ from distill.students.distributed import World
 from distill.students.loop import Trainer, cut
 from distill.students.objective import Lesson, PackTensors, mix_of
 from distill.students.on_policy import Guard, Rollouts, document_of, prompt_of
+from distill.students.taid import TeacherShare
 from distill.students.tutors import CachedTutor, TutorInMemory, chosen_rows
+from distill.students.writers import writer_of
 
 Live = Callable[..., Any]
 MakeDocuments = Callable[..., Documents]
@@ -28,6 +30,11 @@ VOCABULARY = 512
 
 def kd(**changes: Any) -> KdPhase:
     return KdPhase(**({"kind": "kd", "lr": 1e-3, "step_tokens": 64, "micro_batch_tokens": 32} | changes))
+
+
+def rollouts_of(phase: OnPolicyPhase, vocabulary: int = VOCABULARY) -> Rollouts:
+    """As the train stage makes them, for models of 512 tokens and places."""
+    return Rollouts(phase, writer_of(phase, 0, vocabulary, 512), Guard.of(phase), 512)
 
 
 def telling(documents: Documents, index: int, facts: Facts) -> Rows:
@@ -119,9 +126,9 @@ def test_some_rows_of_a_ragged_set_keep_their_draws() -> None:
     assert chosen_rows(rows, np.arange(4)) is rows
 
 
-@pytest.mark.parametrize("draws", [1, 50])
+@pytest.mark.parametrize(("form", "draws"), [("sampled", 1), ("sampled", 50), ("hybrid", 1), ("hybrid", 50)])
 def test_the_noise_of_drawn_gradients_shrinks_as_their_number_grows(
-    draws: int, live: Live, make_documents: MakeDocuments
+    form: Any, draws: int, live: Live, make_documents: MakeDocuments
 ) -> None:
     """On its own distribution the mean gradient over 64 independent caches is an eighth of one cache's."""
     from distill.students.distillation import Mix, distillation_loss
@@ -133,7 +140,7 @@ def test_the_noise_of_drawn_gradients_shrinks_as_their_number_grows(
     hidden = torch.randn(16, 8, generator=generator).requires_grad_()
     head = torch.randn(40, 8, generator=generator)
     log_p = (hidden.detach() @ head.T).log_softmax(-1)
-    facts = Facts("sampled", 0, draws, 1.0, 0, 40, "t" * 64)
+    facts = Facts(form, 4 if form == "hybrid" else 0, draws, 1.0, 0, 40, "t" * 64)
     cache: Any = type("Cache", (), {"facts": facts})
     gradients = []
     for number in range(64 * 8):
@@ -197,7 +204,7 @@ def test_answers_do_not_depend_on_how_many_processes_write_them(
 
     found = []
     for size in (1, 2):
-        rollouts = Rollouts(phase, 0, Guard.of(phase), VOCABULARY, 512)
+        rollouts = rollouts_of(phase)
         made, chosen = rollouts.documents(model, documents, [0, 1, 2, 3], 7, Several(size))  # type: ignore[arg-type]
         assert chosen == [0, 1, 2, 3]
         found.append([made.ids(index).tolist() for index in chosen])
@@ -211,7 +218,7 @@ def test_answers_do_not_depend_on_how_many_processes_write_them(
 def test_the_share_of_own_answers_holds_on_average_in_steps_of_one_document(make_documents: MakeDocuments) -> None:
     documents = make_documents([20], [6])
     phase = OnPolicyPhase(kind="on_policy", on_policy_fraction=0.3)
-    rollouts = Rollouts(phase, 0, Guard.of(phase), VOCABULARY, 512)
+    rollouts = rollouts_of(phase)
     own = sum(len(rollouts._own(documents, [0], step)) for step in range(1000))
     assert 250 < own < 350
     assert rollouts._own(documents, [0, 0, 0], 5) == rollouts._own(documents, [0, 0, 0], 5)
@@ -226,7 +233,7 @@ def test_the_student_draws_no_token_that_the_teachers_do_not_know(live: Live, ma
     phase = OnPolicyPhase(kind="on_policy", max_new_tokens=8)
     drawn = []
     for vocabulary in (400, 512):
-        rollouts = Rollouts(phase, 0, Guard.of(phase.model_copy(update={"guard_window": 99})), vocabulary, 512)
+        rollouts = rollouts_of(phase.model_copy(update={"guard_window": 99}), vocabulary)
         made, chosen = rollouts.documents(model, documents, [0, 1], 0, World())
         drawn.append(max(int(made.ids(index).max()) for index in chosen))
     assert drawn[0] < 400 <= drawn[1]
@@ -248,13 +255,19 @@ def made_trainer(kind: str, live: Live, documents: Documents, work: Path) -> Tra
     student, teacher = live(), live(seed=3)
     common = {"lr": 1e-3, "step_tokens": 64, "micro_batch_tokens": 32, "epochs": 2, "checkpoint_every_steps": 1}
     match = None
+    phase: KdPhase
     if kind == "on_policy":
-        phase: KdPhase = OnPolicyPhase(
+        phase = OnPolicyPhase(
             kind="on_policy", max_new_tokens=5, batch_size=2, min_stop_rate=0, on_policy_fraction=0.5, **common
         )
-        rollouts = Rollouts(phase, 0, Guard.of(phase), VOCABULARY, 512)  # type: ignore[arg-type]
+        rollouts = rollouts_of(phase)
     else:
-        given = {"taid": {"divergence": "taid"}, "hidden": {"hidden": {"weight": 0.5}}}[kind]
+        adaptive = {"taid_schedule": "adaptive", "taid_rate": 0.5, "taid_momentum": 0.5}
+        given = {
+            "taid": {"divergence": "taid"},
+            "adaptive": {"divergence": "taid", **adaptive},
+            "hidden": {"hidden": {"weight": 0.5}},
+        }[kind]
         phase, rollouts = KdPhase(kind="kd", teacher="memory", **common, **given), None  # type: ignore[arg-type]
     if phase.hidden:
         from distill.students.hidden import attach
@@ -264,7 +277,7 @@ def made_trainer(kind: str, live: Live, documents: Documents, work: Path) -> Tra
     return Trainer(student, documents, phase, "fp32", work, tutor=tutor, rollouts=rollouts)
 
 
-@pytest.mark.parametrize("kind", ["on_policy", "taid", "hidden"])
+@pytest.mark.parametrize("kind", ["on_policy", "taid", "adaptive", "hidden"])
 def test_a_stopped_distillation_goes_on_bit_for_bit(
     kind: str, live: Live, make_documents: MakeDocuments, tmp_path: Path
 ) -> None:
@@ -282,10 +295,13 @@ def test_a_stopped_distillation_goes_on_bit_for_bit(
     ours, theirs = (dict(one.model.state_dict()) for one in (rest, whole))
     assert ours.keys() == theirs.keys() and not any("hidden_match" in name for name in ours)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert rest.share == whole.share
 
 
 def test_the_target_of_taid_moves_from_the_student_to_the_teacher() -> None:
     phase = kd(divergence="taid", taid_start=0.2)
+    share = TeacherShare(phase, 5)
+    assert [share.at(step) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     log_p, log_q = torch.randn(1, 9).log_softmax(-1), torch.randn(1, 9).log_softmax(-1)
-    at = [float(mix_of(phase, done).measure(log_p, log_q).value_N[0]) for done in (0.0, 0.5, 1.0)]
+    at = [float(mix_of(phase, share.at(step)).measure(log_p, log_q).value_N[0]) for step in (0, 2, 4)]
     assert at[0] < at[1] < at[2] == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum()), rel=1e-5)

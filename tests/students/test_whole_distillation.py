@@ -289,6 +289,10 @@ def test_a_cache_serves_every_student_with_the_same_tokenizer(
         ({"kind": "on_policy", "loss_weights": {"think": 2}}, {}, "not split into parts"),
         ({"kind": "on_policy", "divergence": "sampled_reverse_kl", "temperature": 2}, {}, "own draws alone"),
         ({"replay": [{"name": "chats", "file": "chats.jsonl"}]}, {}, "its chats are in no cache"),
+        ({"taid_start": 0.5, "taid_end": 0.5}, {}, "must be above taid_start"),
+        ({"monitor": {"kl": True}}, {}, "set heldout_traces above 0"),
+        ({"kind": "on_policy", "sync_every_steps": 2}, {}, "set writer: vllm"),
+        ({"kind": "on_policy", "writer": "vllm", "vllm": {"tensor_parallel_size": 2}}, {}, "student's own device"),
     ],
     ids=str,
 )
@@ -358,6 +362,63 @@ def test_spans_of_the_same_tokenizer_are_the_plain_cache(
     assert np.array_equal(one["keys"], two["keys"]) and np.array_equal(one["row_bounds"], two["row_bounds"])
     same = (one["head_ids"] == two["head_ids"]).all(axis=(1, 2)).mean()
     assert same > 0.9, "but for rows where a special token is among the likeliest"
+
+
+@pytest.mark.parametrize("phase", [{"teacher": "cache"}, {"kind": "on_policy"}], ids=str)
+def test_the_monitor_measures_the_kl_from_the_teacher_on_held_out_traces(
+    phase: dict[str, Any], tiny_model: TinyModel, teacher: Path, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    watched = {"monitor": {"every_steps": 4, "kl": True}, "heldout_traces": 5, "lr": 2e-2, "epochs": 3}
+    own = {"max_new_tokens": 6, "min_stop_rate": 0, "divergence": "sampled_reverse_kl", "max_steps": 1}
+    phase = phase | watched | (own if "kind" in phase else {})
+    outcome = distill.run(
+        write_recipe(**sections(tiny_model("llama"), teacher, phase, form="topk", k=512)),
+        runs=tmp_path / "runs", threads=1, quiet=True,
+    )  # fmt: skip
+    looks = [row for row in metrics(outcome) if "loss" not in row]
+    if "kind" not in phase:
+        assert looks[-1]["heldout_kl"] < 0.9 * looks[0]["heldout_kl"]
+    # before any step it is a property of the two models and the traces alone
+    first = dense_kl(tiny_model("llama"), teacher, outcome, 5)
+    assert looks[0]["step"] == 0 and looks[0]["heldout_kl"] == pytest.approx(first, rel=2e-3)
+
+
+def dense_kl(student: Path, teacher: Path, outcome: Any, aside: int) -> float:
+    """KL(teacher || student) of the traces that a phase of seed 0 sets aside, from whole float64 distributions."""
+    import random
+
+    from distill.config import FormatConfig
+    from distill.format import encode_document
+    from distill.models import load_tokenizer
+    from distill.records import Example, read_records
+
+    tokenizer = load_tokenizer(find_model(str(student)))
+    examples = list(read_records(outcome.results["select"].path("examples.jsonl"), Example))
+    order = list(range(len(examples)))
+    random.Random("heldout:0").shuffle(order)
+    models = [load_model(find_model(str(folder))).double() for folder in (student, teacher)]
+    found = []
+    for number in order[:aside]:
+        example = examples[number]
+        document = encode_document(
+            tokenizer, example.prompt.messages, example.reasoning, example.answer, FormatConfig(max_tokens=256)
+        )
+        ids = torch.tensor([document.ids])
+        with torch.no_grad():
+            log_q, log_p = (model(ids).logits[0, document.prompt_tokens - 1 : -1].log_softmax(-1) for model in models)
+        found.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return float(torch.cat(found).mean())
+
+
+def test_a_teacher_that_is_not_there_is_refused_by_its_key_of_the_recipe(
+    tiny_model: TinyModel, teacher: Path, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    both = [{"name": "big", "model": str(teacher)}, {"name": "gone", "model": "/nowhere/model"}]
+    for phase in ({}, {"teacher": "memory"}):
+        recipe = write_recipe(**sections(tiny_model("llama"), teacher, phase, teachers=both))
+        with pytest.raises(ModelError, match=r"^logprobs\.teachers\.1\.model: /nowhere/model: no such model"):
+            distill.run(recipe, runs=tmp_path / "runs", threads=1, quiet=True)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_card_names_whose_distributions_were_learned(

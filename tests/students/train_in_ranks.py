@@ -32,6 +32,7 @@ from distill.students.on_policy import Guard, Rollouts
 from distill.students.optimizers import optimizer_state
 from distill.students.train import checkpoint_activations
 from distill.students.tutors import TutorInMemory
+from distill.students.writers import writer_of
 
 LENGTHS, PROMPTS = [9, 14, 5, 6, 20, 12, 7, 11, 16, 8, 3, 25], [3, 1, 4, 2, 11, 6, 2, 5, 8, 4, 1, 7]
 
@@ -118,7 +119,7 @@ def main() -> None:
         if isinstance(phase, KdPhase):
             taught["tutor"] = TutorInMemory([teacher(model_folder, "float64" if exact else "float32")], [1.0], 512, 1.0)
         if isinstance(phase, OnPolicyPhase):
-            taught["rollouts"] = Rollouts(phase, 0, Guard.of(phase), 512, 64)
+            taught["rollouts"] = Rollouts(phase, writer_of(phase, 0, 512, 64), Guard.of(phase), 64)
         trainer = Trainer(model, made, phase, computing, Path(work), world=world, parallel=parallel, **taught)
         params = trainer.weights.params
         seen = {

@@ -1,6 +1,7 @@
 """Positions of two tokenizers that are about the same text, and tokens of two vocabularies that say the same."""
 
 import copy
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from distill.config import FormatConfig
+from distill.attention import PER_DOCUMENT
+from distill.config import FormatConfig, Logprobs
+from distill.documents import Documents
 from distill.format import encode_document
-from distill.logprobs import document_key, empty_rows
-from distill.models import find_model, load_tokenizer
+from distill.logprobs import SPANS, Facts, document_key, empty_rows
+from distill.models import find_model, load_model, load_tokenizer
 from distill.records import Example, Message, Prompt, write_records
-from distill.teachers.alignment import aligned, read, spread
+from distill.teachers.alignment import Reading, Readings, SpansScorer, aligned, read, spread
 from distill.vocabularies import BYTES, exchange_, names_in, shared_vocabulary, spellings
 
 NewModel = Callable[..., Path]
@@ -47,6 +50,50 @@ def test_both_have_read_the_same_text_at_every_pair(text: str, tokenizers: tuple
     for row, place in zip(reading.rows, reading.places):
         before = own.decode(mine.ids[mine.prompt_tokens : mine.prompt_tokens + row])
         assert before == theirs.decode(other.ids[other.prompt_tokens : place]), (row, place)
+
+
+def test_readings_come_back_as_they_were_written_and_memory_holds_one_pass_of_them(
+    new_model: NewModel, tokenizers: tuple[Any, Any], tmp_path: Path
+) -> None:
+    """Scored in passes of many documents they are what each alone would be, within rounding."""
+    own, theirs = tokenizers
+    documents, alive, found = spans_of(own, tmp_path), [], []
+    model = load_model(find_model(str(new_model(tmp_path / "model", "llama", tokens=512))), attention=PER_DOCUMENT)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(12)
+    model.get_input_embeddings().register_forward_hook(  # in every pass of the teacher
+        lambda *given: alive.append(sum(type(thing) is Reading for thing in gc.get_objects()))
+    )
+    names = torch.from_numpy(names_in(own, theirs, 512))
+    facts = Facts("topk", 5, 0, 1.0, 0, 400, "t" * 64, SPANS)
+    given = dict(read(tmp_path / "examples.jsonl", own, theirs, FormatConfig()))
+    readings = Readings(tmp_path / "readings.bin", given.items())
+    assert readings.longest == max(len(one.ids) for one in given.values())
+    for key, one in given.items():
+        assert all(np.array_equal(*parts) for parts in zip(readings[key], one, strict=True))
+        assert readings.entry(key)[1:] == (len(one.ids), len(one.rows))
+    del one
+    given.clear()
+    for budget in (1, 300):
+        logprobs = Logprobs(teachers=[{"name": "t", "model": "m"}], micro_batch_tokens=budget)
+        scorer = SpansScorer(model, documents, readings, names, facts, logprobs)
+        found.append(dict(scorer(range(len(documents)))))
+    assert alive[:20] == [1] * 20 and 2 < len(alive[20:]) < 12 and max(alive[20:]) < 10 and sum(alive[20:]) == 20
+    for index in range(20):
+        alone, together = (rows[index] for rows in found)
+        assert np.array_equal(alone.seen, together.seen) and alone.seen.any()
+        assert (alone.head_ids == together.head_ids).mean() > 0.98
+        assert np.allclose(alone.head_log_p, together.head_log_p, atol=1e-4)
+        assert np.allclose(alone.tail_log_p, together.tail_log_p, atol=1e-4)
+
+
+def spans_of(tokenizer: Any, folder: Path) -> Documents:
+    """Twenty documents of growing length in a tokenizer's tokens; their examples are in examples.jsonl."""
+    prompt = Prompt.of([Message(role="user", content="Say it.")])
+    texts = [" ".join(TEXTS[: 1 + number % 4]) + f" {number}" for number in range(20)]
+    examples = [Example(prompt=prompt, trace_id=text, reasoning=text, answer="1") for text in texts]
+    write_records(folder / "examples.jsonl", examples)
+    return Documents.of(encode_document(tokenizer, prompt.messages, text, "1", FormatConfig()) for text in texts)
 
 
 def test_rows_that_nothing_was_said_about_are_marked() -> None:

@@ -73,7 +73,7 @@ def test_shards_hold_whole_documents_and_equal_ones_once(monkeypatch: pytest.Mon
 
 def test_passes_hold_documents_of_like_length_up_to_the_budget() -> None:
     documents = documents_of([12, 40, 9, 22, 5])
-    found = list(batches(documents, range(5), 32))
+    found = list(batches(documents.lengths, range(5), 32))
     assert found == [[1], [3], [0, 2, 4]]
 
 
