@@ -173,11 +173,16 @@ def _drive(planned: Planned, executor: Executor, view: View, clock: Callable[[],
     if search is not None:
         for proposal in [*search.past, *search.open]:
             _add(graph, proposal)
-    write_record(planned.folder, file, graph)
-    watch = _watch(planned) if file.sweep.pruner else None
     resources = file.sweep.resources
     if resources.cpus is None and executor.cpus is not None:
         resources = resources.model_copy(update={"cpus": executor.cpus})
+    if file.sweep.pruner and executor.blind:
+        raise RecipeError(
+            f"{file.place('pruner')}: pruner reads the figures of trainings while they run, but there is a node that"
+            " does not see the run store; leave the pruner out, or give all nodes shared storage"
+        )
+    write_record(planned.folder, file, graph, resources)
+    watch = _watch(planned) if file.sweep.pruner else None
     scheduler = Scheduler(graph, executor, events, planned.folder, resources, file.sweep.limits, watch, clock)
     scheduler.admit(planned.chosen)
     scheduler.refuse(_refused(planned, scheduler, executor))
@@ -244,7 +249,7 @@ class Feed:
 
     def _admit(self, proposal: Proposal, scheduler: Scheduler) -> None:
         _add(self.planned.graph, proposal)
-        write_record(self.planned.folder, self.planned.file, self.planned.graph)
+        write_record(self.planned.folder, self.planned.file, self.planned.graph, scheduler.resources)
         scheduler.admit(proposal.trials)
 
     def _tell(self, proposal: Proposal, scheduler: Scheduler) -> None:
