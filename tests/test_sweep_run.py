@@ -443,6 +443,11 @@ def test_the_live_table_shows_every_trial(lab: Any, tmp_path: Path) -> None:
         run_sweep(path, options(tmp_path), lab.Inline(), view)
     board = Board(folder, tmp_path / "runs")
     console = Console(width=140, record=True)
-    console.print(rich_table(board.record(), board, "as it is now"))
+    console.print(rich_table(board.record(), board, "as it is now", (140, 40)))
     text = console.export_text()
     assert "2 trials (2 done)" in text and "limit=5" in text and "%" in text
+    narrow = Console(width=60, record=True)
+    narrow.print(rich_table(board.record(), board, "as it is now", (60, 5)))
+    text = narrow.export_text()
+    assert "no room for accuracy:teacher, stage_seconds" in text and "to go" in text and "cost" in text
+    assert max(map(len, text.splitlines())) <= 60

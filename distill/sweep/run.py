@@ -6,7 +6,7 @@ killed and called again at any moment.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -24,7 +24,7 @@ from .measures import measure, pipeline_of
 from .record import Events, known_numbers, read_record, sweep_folder, write_record
 from .resources import is_paid, needed
 from .schedule import Scheduler, Summary, job_of
-from .study import Proposal, Searcher, objective_values
+from .study import Proposal, Searcher, database_errors, objective_values
 from .trials import Numbers, Recipes, Trial, expand, trials_of
 from .watch import Watch
 
@@ -167,9 +167,17 @@ def _started(executor: str | Executor, folder: Path) -> Iterator[Executor]:
 
 
 def _drive(planned: Planned, executor: Executor, view: View, clock: Callable[[], float]) -> SweepOutcome:
+    if planned.file.sweep.search is None:
+        return _run_stages(planned, executor, view, clock)
+    with closing(Searcher(planned.file, planned.recipes, planned.numbers, planned.folder)) as search:
+        return _run_stages(planned, executor, view, clock, search)
+
+
+def _run_stages(
+    planned: Planned, executor: Executor, view: View, clock: Callable[[], float], search: Searcher | None = None
+) -> SweepOutcome:
     file, graph = planned.file, planned.graph
     events = Events(planned.folder)
-    search = Searcher(file, planned.recipes, planned.numbers, planned.folder) if file.sweep.search else None
     if search is not None:
         for proposal in [*search.past, *search.open]:
             _add(graph, proposal)
@@ -234,7 +242,14 @@ class Feed:
         self.planned, self.search = planned, search
 
     def __call__(self, scheduler: Scheduler) -> bool:
-        """Tell the study what has ended, ask for what may begin; whether more will come."""
+        """Tell the study what has ended, ask for what may begin; whether more will come.
+
+        Raises RunError if its database does not answer.
+        """
+        with database_errors(self.search.search):
+            return self._next(scheduler)
+
+    def _next(self, scheduler: Scheduler) -> bool:
         still_open = set(scheduler.open_trials())
         for proposal in list(self.search.open):
             numbers = {trial.number for trial in proposal.trials}

@@ -24,7 +24,14 @@ from .trials import Trial
 ORDER: Sequence[State] = ("running", "failed", "waiting", "pruned", "done", "left out")
 """Which trials come first where not all can be shown."""
 STYLES: Mapping[State, str] = {"running": "bold cyan", "failed": "red", "pruned": "yellow", "done": "green"}
-SHOWN_WHILE_RUNNING = 24
+CHANGES_COLUMN, STATE_COLUMN, STAGE_COLUMN = 1, 2, 4
+ALWAYS_SHOWN = 7
+"""Columns before the objectives."""
+KEPT_OF_CHANGES = 44
+"""Characters of what a trial changes that no figure takes away."""
+LEAST_ROWS, LINES_AROUND = 4, 7
+GAP = 2
+"""Blanks between two columns."""
 REFRESH_S = 1.0
 PLAIN_EVERY_S = 10.0
 KB = 1000
@@ -182,13 +189,13 @@ def value_text(objective: Objective, one: Measure | None) -> str:
 
 def table_of(rows: Sequence[Row], objectives: Sequence[Objective]) -> tuple[list[str], list[list[str]]]:
     """Titles and cells of the table."""
-    titles = ["trial", "changes", "state", "stages", "stage", *(one.title for one in objectives), "to go", "cost"]
+    titles = ["trial", "changes", "state", "stages", "stage", "to go", "cost", *(one.title for one in objectives)]
     cells = [
         [
             str(row.number), row.changes, row.state, f"{row.done}/{row.stages}", row.stage,
-            *(value_text(one, row.measures.get(one.title)) for one in objectives),
             str(row.to_go) if row.state in ("running", "waiting") else "",
             "-" if row.usd is None else f"${row.usd:,.2f}",
+            *(value_text(one, row.measures.get(one.title)) for one in objectives),
         ]
         for row in rows
     ]  # fmt: skip
@@ -251,10 +258,10 @@ def _live(board: Board) -> Iterator[View]:
             nonlocal shown_s
             if time.monotonic() - shown_s >= REFRESH_S:
                 shown_s = time.monotonic()
-                live.update(rich_table(board.record(), board, STOPS), refresh=True)
+                live.update(rich_table(board.record(), board, STOPS, live.console.size), refresh=True)
 
         yield view
-        live.update(rich_table(board.record(), board, STOPS), refresh=True)
+        live.update(rich_table(board.record(), board, STOPS, live.console.size), refresh=True)
 
 
 def follow(board: Board) -> None:
@@ -265,29 +272,56 @@ def follow(board: Board) -> None:
     with Live(console=Console(), auto_refresh=False, redirect_stderr=False) as live:
         while True:
             record = board.record()
-            live.update(rich_table(record, board, LOOKS), refresh=True)
+            live.update(rich_table(record, board, LOOKS, live.console.size), refresh=True)
             if not record.live:
                 return
             time.sleep(REFRESH_S)
 
 
-def rich_table(record: Record, board: Board, caption: str) -> Any:
-    """The table for a terminal; trials that matter least now are left out where there are many."""
+def rich_table(record: Record, board: Board, caption: str, size: tuple[int, int]) -> Any:
+    """The table for a terminal of so many columns and lines: what does not fit is left out, and said."""
+    from rich import box
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     rows, objectives = board.rows(record), record.sweep.objectives
-    kept = sorted(rows, key=lambda row: (ORDER.index(row.state), row.number))[:SHOWN_WHILE_RUNNING]
-    kept.sort(key=lambda row: row.number)
-    more = f"; {len(rows) - len(kept)} more trials" if len(rows) > len(kept) else ""
-    ends = caption if record.live else "no driver runs it"
+    kept = shown_rows(rows, size[1])
     titles, cells = table_of(kept, objectives)
-    table = Table(title=headline(record, rows, board.to_go(record)), caption=f"{ends}{more}", title_justify="left")
-    for index, title in enumerate(titles):
-        # only what a trial changes gives way where the terminal is narrow
-        least = 10 if title == "changes" else max(len(line[index]) for line in [titles, *cells])
-        justify: Literal["left", "right"] = "right" if index > 4 else "left"
-        table.add_column(title, justify=justify, no_wrap=True, overflow="ellipsis", min_width=least)
+    widths = fitting(titles, cells, size[0])
+    missing = [f"{len(rows) - len(kept)} more trials"] if len(rows) > len(kept) else []
+    missing += [f"no room for {', '.join(titles[len(widths) :])}"] if len(widths) < len(titles) else []
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for index, (title, width) in enumerate(zip(titles, widths)):
+        justify: Literal["left", "right"] = "left" if index <= STAGE_COLUMN else "right"
+        table.add_column(title, justify=justify, no_wrap=True, overflow="ellipsis", width=width)
     for row, line in zip(kept, cells):
-        table.add_row(*(Text(cell, STYLES.get(row.state, "") if index == 2 else "") for index, cell in enumerate(line)))
-    return table
+        styles = {STATE_COLUMN: STYLES.get(row.state, "")}
+        table.add_row(*(Text(cell, styles.get(index, "")) for index, cell in enumerate(line[: len(widths)])))
+    ends = "; ".join([caption if record.live else "no driver runs it", *missing])
+    return Group(Text(headline(record, rows, board.to_go(record)), "bold"), "", table, Text(ends, "dim"))
+
+
+def shown_rows(rows: Sequence[Row], lines: int) -> list[Row]:
+    """As many trials as a terminal of so many lines has room for, those first that matter now; in order."""
+    room = max(LEAST_ROWS, lines - LINES_AROUND)
+    return sorted(sorted(rows, key=lambda row: (ORDER.index(row.state), row.number))[:room])
+
+
+def fitting(titles: Sequence[str], cells: Sequence[Sequence[str]], width: int) -> list[int]:
+    """Widths of the columns that a terminal has room for.
+
+    The last figures are left out first; then what a trial changes gives way; nothing else does.
+    """
+    widths = [max(len(line[index]) for line in [titles, *cells]) for index in range(len(titles))]
+    changes = widths[CHANGES_COLUMN]
+    widths[CHANGES_COLUMN] = min(changes, KEPT_OF_CHANGES)
+    while len(widths) > ALWAYS_SHOWN and _whole(widths) > width:
+        widths.pop()
+    room = width - _whole(widths) + widths[CHANGES_COLUMN]
+    widths[CHANGES_COLUMN] = max(len(titles[CHANGES_COLUMN]), min(changes, room))
+    return widths
+
+
+def _whole(widths: Sequence[int]) -> int:
+    return sum(widths) + GAP * (len(widths) - 1)
