@@ -800,8 +800,8 @@ def collect(
         print(f"{one.folder}: not needed, but being written now; left alone", file=sys.stderr)
     what = "deleted" if delete else "can go; --delete deletes them"
     print(f"{len(done.removed)} stage runs, {_size(done.bytes)}, {what}; {done.kept} are needed")
-    for one in done.needed_by:
-        print(f"  kept for {one}")
+    for need in done.needed_by:
+        print(f"  kept for {need}")
     if not keep and not done.removed and done.kept:
         print("all that has a name is kept; `distill gc --keep NAME` keeps only what NAME needs")
 

@@ -136,7 +136,9 @@ class RayExecutor:
         """
         node = self._node_of_the_ledger() if self.blind and job.label == "generate" else None
         submit = self._task(node, max_retries=NODE_LOSSES, num_cpus=job.threads, num_gpus=len(job.gpus or ()))
-        task = submit(run_on_node).remote(replace(job, gpus=None).to_json(), self.home, self._parcels(job))
+        task = submit(run_on_node).remote(
+            replace(job, gpus=None, checked=False).to_json(), self.home, self._parcels(job)
+        )
         self.running[task] = job
 
     def _task(self, node: str | None, **options: Any) -> Any:

@@ -27,6 +27,7 @@ from .schedule import Scheduler, Summary, job_of
 from .study import Proposal, Searcher, database_errors, objective_values
 from .trials import Numbers, Recipes, Trial, expand, trials_of
 from .watch import Watch
+from .work import Job
 
 ExecutorName = Literal["local", "ray"]
 EXECUTORS: Sequence[ExecutorName] = ("local", "ray")
@@ -193,7 +194,8 @@ def _run_stages(
     watch = _watch(planned) if file.sweep.pruner else None
     scheduler = Scheduler(graph, executor, events, planned.folder, resources, file.sweep.limits, watch, clock)
     scheduler.admit(planned.chosen)
-    scheduler.refuse(_refused(planned, scheduler, executor))
+    owed = _owed(planned, scheduler)
+    scheduler.refuse([job.identity for job in owed], executor.check(owed))
     feed = Feed(planned, search) if search else None
 
     def each(scheduler: Scheduler) -> bool:
@@ -220,19 +222,18 @@ def _watch(planned: Planned) -> Watch:
     return Watch(pruner, [node.step.folder for node in nodes if node.identity in store.folders])
 
 
-def _refused(planned: Planned, scheduler: Scheduler, executor: Executor) -> dict[str, str]:
-    """What stages refuse before any work or money is spent, asked in a process of its own."""
+def _owed(planned: Planned, scheduler: Scheduler) -> list[Job]:
+    """Stages that are still to run, to be asked what they refuse before any work or money is spent."""
     owed = [
         node
         for node in planned.graph.nodes.values()
         if node.identity not in scheduler.sealed and scheduler.begun.intersection(node.trials)
     ]
-    jobs = [
+    return [
         job_of(node, node.recipe, planned.graph.options, needed(node.step, node.recipe, scheduler.resources)[0],
                check_only=True)
         for node in owed
     ]  # fmt: skip
-    return executor.check(jobs)
 
 
 class Feed:

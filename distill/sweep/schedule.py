@@ -85,6 +85,8 @@ class Scheduler:
         self.failed: dict[str, str] = {}
         self.pruned = pruned(events.seen)
         self.tries: dict[str, int] = {}
+        self.checked: set[str] = set()
+        """Stages that were asked what they refuse."""
         self.looked: set[str] = set()
         """Stages whose folder has been looked at."""
         self.out: set[int] = set()
@@ -123,8 +125,9 @@ class Scheduler:
         given_up = node.identity in self.failed or trial.key in self.pruned.get(node.identity, ())
         return given_up and node.identity not in self.sealed
 
-    def refuse(self, errors: dict[str, str]) -> None:
-        """Count these stages as failed before they have begun."""
+    def refuse(self, checked: Iterable[str], errors: dict[str, str]) -> None:
+        """Note which stages were asked before any work, and count as failed what refused."""
+        self.checked.update(checked)
         for identity, error in errors.items():
             self._fail(self.graph.nodes[identity], error)
 
@@ -220,7 +223,8 @@ class Scheduler:
         recipe = node.recipe
         if paid and self.limits.dollars is not None:
             recipe = _with_budget(recipe, self.limits.dollars - sum(self.spent_usd.values()))
-        return job_of(node, recipe, self.options, grant, self.counts_gpus)
+        checked = node.identity in self.checked and not self.tries.get(node.identity)
+        return job_of(node, recipe, self.options, grant, self.counts_gpus, checked=checked)
 
     # --- what ended -------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,21 @@ POLL_S = 0.2
 Outcome = Literal["done", "failed", "stopped", "died"]
 
 
+@functools.cache
+def versions_here() -> Mapping[str, str]:
+    """What results depend on: Python and the libraries, as they are installed here."""
+    return {"python": platform.python_version(), **library_versions()}
+
+
+def differences(driver: Mapping[str, str], node: Mapping[str, str]) -> str:
+    """What a node has of another version than the driver; empty where all is the same."""
+    return ", ".join(
+        f"{name} {node.get(name, 'not at all')} (the driver has {driver.get(name, 'none')})"
+        for name in dict.fromkeys([*driver, *node])
+        if driver.get(name) != node.get(name)
+    )
+
+
 @dataclass(frozen=True)
 class Job:
     """One stage to run, as text and numbers that any process can take."""
@@ -56,11 +71,13 @@ class Job:
     require: bool = False
     check_only: bool = False
     """Only let the stage refuse what it can refuse before any work."""
+    checked: bool = False
+    """It has just been asked on this machine, and need not be asked again."""
     place: str = ""
     """Its folder in the run store."""
     inputs: tuple[str, ...] = ()
     """Folders in the run store of all stages that it is made from."""
-    versions: Mapping[str, str] = field(default_factory=lambda: versions_here())
+    versions: Mapping[str, str] = field(default_factory=versions_here)
     """What the driver runs with: another node must have the same."""
 
     def to_json(self) -> dict[str, Any]:
@@ -84,21 +101,6 @@ class Job:
         return threads | {
             "CUDA_VISIBLE_DEVICES": ",".join(visible[index] for index in self.gpus if index < len(visible))
         }
-
-
-@functools.cache
-def versions_here() -> Mapping[str, str]:
-    """What results depend on: Python and the libraries, as they are installed here."""
-    return {"python": platform.python_version(), **library_versions()}
-
-
-def differences(driver: Mapping[str, str], node: Mapping[str, str]) -> str:
-    """What a node has of another version than the driver; empty where all is the same."""
-    return ", ".join(
-        f"{name} {node.get(name, 'not at all')} (the driver has {driver.get(name, 'none')})"
-        for name in dict.fromkeys([*driver, *node])
-        if driver.get(name) != node.get(name)
-    )
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def _run(job: Job) -> None:
     if step.sealed:
         return
     module = stage_module(step)
-    module.preflight(recipe, step, options)
+    if not job.checked:
+        module.preflight(recipe, step, options)
     said = ""
     while not (job.check_only or step.sealed):
         try:
