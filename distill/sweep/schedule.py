@@ -224,7 +224,10 @@ class Scheduler:
         if paid and self.limits.dollars is not None:
             recipe = _with_budget(recipe, self.limits.dollars - sum(self.spent_usd.values()))
         checked = node.identity in self.checked and not self.tries.get(node.identity)
-        return job_of(node, recipe, self.options, grant, self.counts_gpus, checked=checked)
+        inputs = tuple(dict.fromkeys(map(_place, _upstream(node.step))))
+        return job_of(
+            node, recipe, self.options, grant, self.counts_gpus, checked=checked, place=_place(node.step), inputs=inputs
+        )
 
     # --- what ended -------------------------------------------------------------------------------------------------
 
@@ -332,8 +335,7 @@ def job_of(
     """A stage as an executor takes it."""
     return Job(
         node.step.label, node.identity, recipe.model_dump_json(), str(Path.cwd()), str(options.runs.resolve()),
-        options.device, grant.cpus, grant.gpus if counts_gpus else None, options.require, place=_place(node.step),
-        inputs=tuple(dict.fromkeys(map(_place, _upstream(node.step)))), **changes,
+        options.device, grant.cpus, grant.gpus if counts_gpus else None, options.require, **changes,
     )  # fmt: skip
 
 
