@@ -130,9 +130,9 @@ class ToGo(NamedTuple):
     """How long something still takes, as far as that is known."""
 
     seconds: float | None
-    """Of the stages whose kind has finished before; None where there are owed ones, and none of them has."""
+    """Of the stages whose time is known; None where there are owed ones, and it is known of none."""
     untimed: tuple[str, ...] = ()
-    """Kinds of which no finished stage tells the time; they come on top."""
+    """Kinds of stages whose time is not known; they come on top."""
 
     def __str__(self) -> str:
         if self.seconds is None:
@@ -141,13 +141,18 @@ class ToGo(NamedTuple):
 
 
 def wall_time(owed: Iterable[Work], times: Mapping[str, float | None], slots: int) -> ToGo:
-    """Time of stages that are owed, if the CPU slots were always full; one that runs counts by what is left of it."""
-    owed = list(owed)
-    known = [(one, seconds) for one in owed if (seconds := times[one.kind]) is not None]
-    untimed = tuple(dict.fromkeys(one.kind for one in owed if times[one.kind] is None))
-    if owed and not known:
-        return ToGo(None, untimed)
-    return ToGo(sum(one.cpus * max(0.0, seconds - one.spent_s) for one, seconds in known) / slots, untimed)
+    """Time of stages that are owed, if the CPU slots were always full; one that runs counts by what is left of it.
+
+    Nothing is known of one that has been running for longer than such stages do.
+    """
+    work, untimed = [], []
+    for one in owed:
+        seconds = times[one.kind]
+        if seconds is None or one.spent_s > seconds:
+            untimed.append(one.kind)
+        else:
+            work.append(one.cpus * (seconds - one.spent_s))
+    return ToGo(sum(work) / slots if work or not untimed else None, tuple(dict.fromkeys(untimed)))
 
 
 def dollars_at_most(owed: Iterable[Node]) -> float | None:

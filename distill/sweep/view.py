@@ -210,7 +210,7 @@ def headline(record: Record, rows: Sequence[Row], to_go: ToGo) -> str:
     parts = [f"{len(rows)} trials ({states})", f"{done} of {stages} distinct stages done"]
     parts += [f"{clock_text(record.attempts_s)} so far"] if record.attempts_s else []
     if counts["running"] or counts["waiting"]:
-        missing = f" (no {', '.join(to_go.untimed)} has finished yet)" if to_go.untimed and to_go.seconds else ""
+        missing = f" ({', '.join(to_go.untimed)} not known)" if to_go.untimed and to_go.seconds else ""
         parts.append(f"{to_go} to go{missing}")
     parts += [] if record.spent_usd is None else [f"${record.spent_usd:,.2f} spent"]
     held = "" if record.live else "; no driver runs it"
