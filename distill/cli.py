@@ -770,9 +770,13 @@ def _size(count: int) -> str:
 @app.command("gc")
 @guarded
 def collect(
-    names: Annotated[
+    keep: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME…", help="Sweeps, pipelines and artifacts to keep; none keeps all there are."),
+        typer.Option(
+            "--keep",
+            metavar="NAME",
+            help="A sweep, recipe, pipeline or artifact to keep; may be repeated. Without, all there are are kept.",
+        ),
     ] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Delete; without it they are only listed.")] = False,
     runs: RunsFolder = Path("runs"),
@@ -781,10 +785,11 @@ def collect(
     """Find stage runs that nothing with a name needs; the ledger of paid answers is never touched."""
     from distill.housekeeping import collect as collect_garbage
 
-    done = collect_garbage(runs, names or (), delete)
+    done = collect_garbage(runs, keep or (), delete)
     if as_json:
         folders = {name: [str(one.folder) for one in getattr(done, name)] for name in ("removed", "busy")}
-        print_json({"deleted": delete, "bytes": done.bytes, "kept": done.kept, **folders})
+        needed_by = [one._asdict() | {"identities": sorted(one.identities)} for one in done.needed_by]
+        print_json({"deleted": delete, "bytes": done.bytes, "kept": done.kept, "needed_by": needed_by, **folders})
         return
     rows = [[f"{one.folder.parent.name}/{one.folder.name}", *_run_cells(one)] for one in done.removed]
     print_table(["run", "state", "size", "time", "finished"], rows)
@@ -792,6 +797,10 @@ def collect(
         print(f"{one.folder}: not needed, but being written now; left alone", file=sys.stderr)
     what = "deleted" if delete else "can go; --delete deletes them"
     print(f"{len(done.removed)} stage runs, {_size(done.bytes)}, {what}; {done.kept} are needed")
+    for need in done.needed_by:
+        print(f"  kept for {need}")
+    if not keep and not done.removed and done.kept:
+        print("all that has a name is kept; `distill gc --keep NAME` keeps only what NAME needs")
 
 
 # --- an artifact at work ----------------------------------------------------------------------------------------------

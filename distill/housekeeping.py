@@ -192,6 +192,8 @@ class Collected(NamedTuple):
     kept: int
     busy: list[StageFolder]
     """Not needed, but somebody writes them now."""
+    needed_by: list[Need]
+    """What keeps the others."""
 
     @property
     def bytes(self) -> int:
@@ -200,20 +202,27 @@ class Collected(NamedTuple):
 
 
 def collect(runs: Path, names: Sequence[str] = (), delete: bool = False) -> Collected:
-    """Find the stage runs that nothing with one of these names needs (nothing at all, without names), and delete them.
+    """Find the stage runs that nothing of these names needs, or without names nothing at all; and delete them.
 
-    Only `delete` removes anything; a run that somebody writes stays. Raises RecipeError for an unknown name,
-    StorageError if the disk refuses.
+    Only `delete` removes anything. What a sweep needs that runs now, and a run that somebody writes, stay whatever is
+    named. Raises RecipeError for an unknown name, StorageError if the disk refuses.
     """
     found = list_runs(runs)
-    keep = kept(found, named_needs(needs(runs, found), names))
+    there = needs(runs, found)
+    wanted = named_needs(there, names)
+    wanted += [one for one in there if one not in wanted and one.kind == "sweep" and _runs_now(runs, one)]
+    keep = kept(found, wanted)
     spare = [one for one in found if one.identity not in keep]
     busy = [one for one in spare if one.state == "running"]
     removed = [one for one in spare if one not in busy]
     if delete:
         with storage_errors(f"cannot delete in {runs}"):
             removed = [one for one in removed if _delete(one)]
-    return Collected(removed, len(found) - len(spare), busy)
+    return Collected(removed, len(found) - len(spare), busy, wanted)
+
+
+def _runs_now(runs: Path, sweep: Need) -> bool:
+    return holder_of(runs / SWEEPS / sweep.name) is not None
 
 
 def _delete(one: StageFolder) -> bool:

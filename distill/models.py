@@ -6,6 +6,7 @@ the result is a plain transformers model that can be saved. Attention that stays
 """
 
 import contextlib
+import copy
 import ctypes
 import importlib.util
 import io
@@ -13,7 +14,7 @@ import json
 import logging
 import os
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,6 +183,25 @@ def require_torch() -> None:
 def load_tokenizer(source: ModelSource) -> Any:
     """The model's tokenizer, with a pad token (the end token where it has none: masks go by position, never by id)."""
     require_torch()
+    return _parsed_once("tokenizer", source, _load_tokenizer)
+
+
+_parsed: dict[tuple[Any, ...], Any] = {}
+"""What this process has read of GGUF files, by file, size and modification time."""
+
+
+def _parsed_once(what: str, source: ModelSource, load: Callable[[ModelSource], Any]) -> Any:
+    """Load, but of a GGUF file only once a process and a copy for each caller: its header takes seconds to parse."""
+    if source.folder is None or source.gguf is None:
+        return load(source)
+    status = (source.folder / source.gguf).stat()
+    key = (what, source, status.st_size, status.st_mtime_ns)
+    if key not in _parsed:
+        _parsed[key] = load(source)
+    return copy.deepcopy(_parsed[key])
+
+
+def _load_tokenizer(source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
     with _explained(source), quiet_loading():
@@ -212,6 +232,10 @@ def _restore_pre_tokenizer(tokenizer: Any, source: ModelSource) -> None:
 def load_config(source: ModelSource) -> Any:
     """The model's configuration; refuses architectures that were not tested."""
     require_torch()
+    return _parsed_once("config", source, _load_config)
+
+
+def _load_config(source: ModelSource) -> Any:
     from transformers import AutoConfig
 
     with _explained(source), quiet_loading():

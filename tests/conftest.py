@@ -165,10 +165,25 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def lab() -> Any:
     """The module `sweep_lab.py`: a recipe whose stages take no model, and executors that run in this process."""
-    spec = importlib.util.spec_from_file_location("sweep_lab", Path(__file__).with_name("sweep_lab.py"))
+    return _beside("sweep_lab")
+
+
+@pytest.fixture
+def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module `ray_cluster.py`, whose cluster of two nodes is the one that RAY_ADDRESS names."""
+    module = _beside("ray_cluster")
+    if not module.RAY.exists():
+        pytest.skip("ray is not installed (extra: ray)")
+    monkeypatch.setenv("RAY_ADDRESS", module.ADDRESS)
+    return module
+
+
+def _beside(name: str) -> Any:
+    """A module of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules["sweep_lab"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 

@@ -48,7 +48,7 @@ def write_sweep(folder: Path, **sections: Any) -> Path:
 class Inline:
     """An executor that runs each stage's real code in this process, when it is asked what has ended."""
 
-    name, cpus = "inline", None
+    name, cpus, blind = "inline", None, False
 
     def __init__(self) -> None:
         self.waiting: list[Job] = []
@@ -86,7 +86,7 @@ class Scripted:
     `script` gets the job and how often it has been started; it returns an outcome, or None to let it run on.
     """
 
-    name, cpus = "scripted", None
+    name, cpus, blind = "scripted", None, False
 
     def __init__(self, script: Callable[[Job, int], Ended | None] | None = None, looks: int = 2) -> None:
         self.script, self.looks = script, looks

@@ -3,11 +3,8 @@
 import importlib.util
 import os
 import signal
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,61 +113,26 @@ def test_an_unknown_executor_and_another_version_are_refused(chat: Any, tmp_path
 
 # --- a real cluster -------------------------------------------------------------------------------------------------
 
-RAY = Path(sys.executable).parent / "ray"
-
-
-@pytest.fixture
-def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
-    """A Ray cluster of two nodes on this machine; yields the process of the second."""
-    port = 6399
-    environment = os.environ | {"RAY_DISABLE_IMPORT_WARNING": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-    common = ["--num-cpus=2", "--disable-usage-stats", "--block", "--object-store-memory=100000000"]
-    head_command = [RAY, "start", "--head", f"--port={port}", "--node-ip-address=127.0.0.1",
-                    "--include-dashboard=false", f"--temp-dir={tmp_path.parent / 'ray'}", *common]  # fmt: skip
-    second_command = [RAY, "start", f"--address=127.0.0.1:{port}", "--node-ip-address=127.0.0.1", *common]
-    head = subprocess.Popen(head_command, env=environment, start_new_session=True, stdout=-3, stderr=-3)
-    time.sleep(8)
-    second = subprocess.Popen(second_command, env=environment, start_new_session=True, stdout=-3, stderr=-3)
-    time.sleep(6)
-    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-    try:
-        yield second
-    finally:
-        for node in (second, head):
-            kill_session(node)
-        subprocess.run([RAY, "stop", "--force"], check=False, stdout=-3, stderr=-3)
-
-
-def kill_session(leader: subprocess.Popen[bytes]) -> None:
-    """Kill a node: every process of its session."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if int((entry / "stat").read_text().rpartition(")")[2].split()[3]) == leader.pid:
-                os.kill(int(entry.name), signal.SIGKILL)
-        except OSError:
-            continue
-    leader.wait()
-
 
 @pytest.mark.full
-@pytest.mark.skipif(not RAY.exists(), reason="ray is not installed (extra: ray)")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
 def test_a_ray_cluster_that_loses_a_node_midway_gives_what_one_process_gives(
-    chat: Any, tmp_path: Path, two_nodes: subprocess.Popen[bytes]
+    chat: Any, tmp_path: Path, ray_cluster: Any
 ) -> None:
     with chat.ChatServer() as server:
         whole = api.generate(recipe_for(server, tmp_path, 80), runs=tmp_path / "one", quiet=True)
         expected = len(server.requests)
     lost = threading.Event()
+    with ray_cluster.two_nodes(tmp_path.parent) as second:
 
-    def plan(number: int, body: Any) -> Any:
-        if number == 30 and not lost.is_set():
-            lost.set()
-            threading.Thread(target=kill_session, args=(two_nodes,)).start()
-        return chat.Reply(delay_s=0.2)
+        def plan(number: int, body: Any) -> Any:
+            if number == 30 and not lost.is_set():
+                lost.set()
+                threading.Thread(target=ray_cluster.kill, args=(second,)).start()
+            return chat.Reply(delay_s=0.2)
 
-    with chat.ChatServer(plan) as server:
-        parts = api.generate_shards(recipe_for(server, tmp_path, 80), 4, "ray", runs=tmp_path / "two", quiet=True)
-        assert lost.is_set() and two_nodes.returncode is not None
-        assert digest_of(parts) == digest_of(whole)
-        assert expected <= len(server.requests) <= expected + 4 * 4 * 2
+        with chat.ChatServer(plan) as server:
+            parts = api.generate_shards(recipe_for(server, tmp_path, 80), 4, "ray", runs=tmp_path / "two", quiet=True)
+            assert lost.is_set() and second.returncode is not None
+            assert digest_of(parts) == digest_of(whole)
+            assert expected <= len(server.requests) <= expected + 4 * 4 * 2

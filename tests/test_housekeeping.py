@@ -61,13 +61,13 @@ def test_nothing_that_a_sweep_a_pipeline_or_an_artifact_needs_is_garbage(runs: P
 
 def test_only_what_is_named_is_kept_and_only_when_asked_is_anything_deleted(runs: Path, cli: Cli) -> None:
     (runs / "ledger" / "cfg").mkdir(parents=True)
-    said = cli("gc", "small", "--runs", runs)
+    said = cli("gc", "--keep", "small", "--runs", runs)
     assert said.code == 0 and "4 stage runs" in said.out and "can go; --delete deletes them; 7 are needed" in said.out
-    assert len(list_runs(runs)) == 11
-    said = cli("gc", "small", "--runs", runs, "--delete")
+    assert len(list_runs(runs)) == 11 and "kept for sweep small" in said.out
+    said = cli("gc", "--keep", "small", "--runs", runs, "--delete")
     assert "4 stage runs" in said.out and "deleted" in said.out
     assert stages(runs) == ONE and (runs / "ledger" / "cfg").is_dir()
-    again = cli("gc", "small", "--runs", runs, "--json").json
+    again = cli("gc", "--keep", "small", "--runs", runs, "--json").json
     assert again["removed"] == [] and again["kept"] == 7
 
 
@@ -89,6 +89,18 @@ def test_what_nothing_names_is_found_and_what_is_being_written_stays(runs: Path)
         done = collect(runs, delete=True)
     assert [one.folder for one in done.removed] == [lost] and [one.folder for one in done.busy] == [busy]
     assert not lost.exists() and busy.exists() and done.kept == 11
+
+
+def test_without_names_it_says_what_keeps_everything_and_how_to_keep_less(runs: Path, cli: Cli) -> None:
+    said = cli("gc", "--runs", runs)
+    assert "0 stage runs" in said.out and "kept for sweep large" in said.out
+    assert "`distill gc --keep NAME` keeps only what NAME needs" in said.out
+
+
+def test_what_a_running_sweep_needs_stays_whatever_is_named(runs: Path) -> None:
+    with locked(runs / "sweeps" / "large", "run by the test"):
+        assert collect(runs, ["small"], delete=True).removed == []
+    assert len(collect(runs, ["small"], delete=True).removed) == 4
 
 
 def test_unknown_names_and_stores_are_refused(runs: Path, tmp_path: Path) -> None:

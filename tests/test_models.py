@@ -281,6 +281,26 @@ def test_a_gguf_file_becomes_a_plain_model_with_the_same_logits_that_can_be_save
     assert ours.eos_token_id == 2 and ours.chat_template == theirs.chat_template
 
 
+def test_who_loads_a_gguf_file_twice_gets_what_nobody_else_changes_and_a_changed_file_is_read_anew(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    pytest.importorskip("gguf")
+    write_gguf(tiny_model("llama"), tmp_path / "tiny.gguf", tied=True)
+    source = find_model(str(tmp_path / "tiny.gguf"))
+    config, tokenizer = load_config(source), load_tokenizer(source)
+    text = "What is 12 + 30?<|im_end|>\n"
+    expected, template = tokenizer(text)["input_ids"], tokenizer.chat_template
+    config.max_position_embeddings = 7
+    tokenizer.chat_template = "changed"
+    tokenizer.add_tokens(["What is 12"])
+    assert tokenizer(text)["input_ids"] != expected
+    again = load_tokenizer(source)
+    assert again(text)["input_ids"] == expected and again.chat_template == template
+    assert load_config(source).max_position_embeddings != 7
+    write_gguf(tiny_model("llama"), tmp_path / "tiny.gguf", tied=False)
+    assert load_config(source).tie_word_embeddings is False
+
+
 def test_a_gguf_file_that_is_cut_off_is_refused_in_one_line(tmp_path: Path, tiny_model: TinyModel) -> None:
     pytest.importorskip("gguf")
     write_gguf(tiny_model("llama"), tmp_path / "tiny.gguf", tied=True)

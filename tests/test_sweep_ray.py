@@ -1,61 +1,39 @@
 """A sweep on a real Ray cluster: the stages of the local executor, whichever node runs them, whichever is lost."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from distill.runs import RunOptions
+from distill.config import load_recipe, recipe_from
+from distill.errors import RunError
+from distill.plan import make_plan
+from distill.runs import RunOptions, open_sealed
+from distill.sweep.parcels import (
+    Parcel,
+    local_paths,
+    pack_path,
+    pack_stage,
+    relocated,
+    unpack_path,
+    unpack_stage,
+)
 from distill.sweep.record import read_events
 from distill.sweep.run import run_sweep
 from distill.sweep.schedule import Scheduler
 
-RAY = Path(sys.executable).parent / "ray"
-PORT = 6398
 
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.skipif(not RAY.exists(), reason="ray is not installed (extra: ray)"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"),
-]
+def on_a_cluster(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that runs a cluster."""
+    for kind in ("DeprecationWarning", "FutureWarning", "ResourceWarning"):  # Ray's own
+        test = pytest.mark.filterwarnings(f"ignore::{kind}")(test)
+    return pytest.mark.full(pytest.mark.timeout(600)(test))
 
 
-@pytest.fixture
-def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
-    """A cluster of two nodes on this machine; yields the process of the second."""
-    environment = os.environ | {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-    common = ["--num-cpus=2", "--disable-usage-stats", "--block", "--object-store-memory=100000000"]
-    head_command = [RAY, "start", "--head", f"--port={PORT}", "--node-ip-address=127.0.0.1",
-                    "--include-dashboard=false", f"--temp-dir={tmp_path.parent / 'ray'}", *common]  # fmt: skip
-    second_command = [RAY, "start", f"--address=127.0.0.1:{PORT}", "--node-ip-address=127.0.0.1", *common]
-    head = subprocess.Popen(head_command, env=environment, start_new_session=True, stdout=-3, stderr=-3)
-    time.sleep(8)
-    second = subprocess.Popen(second_command, env=environment, start_new_session=True, stdout=-3, stderr=-3)
-    time.sleep(6)
-    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{PORT}")
-    try:
-        yield second
-    finally:
-        for node in (second, head):
-            kill_session(node)
-
-
-def kill_session(leader: subprocess.Popen[bytes]) -> None:
-    """Kill a node: every process of its session."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if int((entry / "stat").read_text().rpartition(")")[2].split()[3]) == leader.pid:
-                os.kill(int(entry.name), signal.SIGKILL)
-        except OSError:
-            continue
-    leader.wait()
+def options(runs: Path) -> RunOptions:
+    return RunOptions(runs, "cpu", quiet=True)
 
 
 def digests(runs: Path) -> dict[str, str]:
@@ -64,25 +42,104 @@ def digests(runs: Path) -> dict[str, str]:
     return {document["identity"]: document["digest"] for document in documents}
 
 
-@pytest.mark.timeout(600)
-def test_a_sweep_that_loses_a_node_midway_ends_as_the_local_one(
-    lab: Any, tmp_path: Path, two_nodes: subprocess.Popen[bytes]
+# --- parcels --------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_stage_travels_whole_and_one_that_was_changed_on_the_way_is_refused(
+    lab: Any, tmp_path: Path
 ) -> None:
     lab.write_light_recipe(tmp_path)
-    path = lab.write_sweep(tmp_path, grid={"select.limit": [2, 4, 6, 8, 10, 12], "prompts.0.split_seed": [0, 1]})
-    run_sweep(path, RunOptions(tmp_path / "one", "cpu", quiet=True), lab.Inline())
-    lost = False
+    run_sweep(lab.write_sweep(tmp_path), options(tmp_path / "runs"), lab.Inline())
+    folder = next((tmp_path / "runs" / "prompts").iterdir())
+    parcel = pack_stage(folder)
+    unpack_stage(tmp_path / "other" / folder.name, parcel)
+    assert open_sealed(tmp_path / "other" / folder.name).document == open_sealed(folder).document
+    name = next(name for name, content in parcel.files.items() if len(content))
+    torn = Parcel({**parcel.files, name: parcel.files[name][:-1]}, parcel.document)
+    with pytest.raises(RunError, match=r"other bytes came than stage.json says"):
+        unpack_stage(tmp_path / "third", torn)
+    assert not (tmp_path / "third" / "stage.json").exists()
+    with pytest.raises(RunError, match="not finished"):
+        pack_stage(tmp_path / "third")
 
-    def lose_a_node(scheduler: Scheduler) -> None:
-        nonlocal lost
-        if not lost and len(scheduler.summary.executed) >= 5:
-            lost = True
-            kill_session(two_nodes)
 
-    outcome = run_sweep(path, RunOptions(tmp_path / "runs", "cpu", quiet=True), "ray", lose_a_node)
-    assert lost and two_nodes.returncode is not None
+def test_files_of_a_recipe_lie_elsewhere_on_a_node_and_the_stages_are_the_same(lab: Any, tmp_path: Path) -> None:
+    recipe = load_recipe(lab.write_light_recipe(tmp_path))
+    named = local_paths(recipe)
+    assert sorted(Path(one).name for one in named) == ["prompts.jsonl", "traces.jsonl"]
+    places = {one: str(unpack_path(tmp_path / "node", one, pack_path(Path(one)))) for one in named}
+    there = recipe_from(relocated(json.loads(recipe.model_dump_json()), places))
+    assert all("/node/inputs/" in one for one in local_paths(there))
+    runs = options(tmp_path / "runs")
+    assert make_plan(there, runs).identity == make_plan(recipe, runs).identity
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "empty").touch()
+    place = unpack_path(tmp_path / "node", str(tmp_path / "model"), pack_path(tmp_path / "model"))
+    assert sorted(one.name for one in place.iterdir()) == ["config.json", "empty"]
+
+
+# --- a real cluster -------------------------------------------------------------------------------------------------
+
+TWELVE = {"select.limit": [2, 4, 6, 8, 10, 12], "prompts.0.split_seed": [0, 1]}
+
+
+@on_a_cluster
+def test_a_sweep_that_loses_a_node_midway_ends_as_the_local_one(lab: Any, tmp_path: Path, ray_cluster: Any) -> None:
+    lab.write_light_recipe(tmp_path)
+    path = lab.write_sweep(tmp_path, grid=TWELVE)
+    run_sweep(path, options(tmp_path / "one"), lab.Inline())
+    with ray_cluster.two_nodes(tmp_path.parent) as second:
+        lost = False
+
+        def lose_a_node(scheduler: Scheduler) -> None:
+            nonlocal lost
+            if not lost and len(scheduler.summary.executed) >= 5:
+                lost = True
+                ray_cluster.kill(second)
+
+        outcome = run_sweep(path, options(tmp_path / "runs"), "ray", lose_a_node)
+        assert lost and second.returncode is not None
     assert outcome.done == outcome.trials == 12 and not outcome.failed_trials
     assert digests(tmp_path / "runs") == digests(tmp_path / "one")
     done = [event.identity for event in read_events(outcome.folder) if event.outcome == "done"]
     assert len(done) == len(set(done)) == outcome.stages
-    assert run_sweep(path, RunOptions(tmp_path / "runs", "cpu", quiet=True), lab.Inline()).summary.executed == []
+    assert run_sweep(path, options(tmp_path / "runs"), lab.Inline()).summary.executed == []
+
+
+@on_a_cluster
+def test_a_node_that_does_not_see_the_run_store_gets_what_it_reads_and_sends_back_what_it_made(
+    lab: Any, tmp_path: Path, ray_cluster: Any
+) -> None:
+    lab.write_light_recipe(tmp_path / "driver")
+    path = lab.write_sweep(tmp_path / "driver", grid=TWELVE)
+    run_sweep(path, options(tmp_path / "one"), lab.Inline())
+    # the second node sees an empty disk where the driver has recipe, problems and run store
+    blind = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {tmp_path / "driver"} && exec "$@"', "sh"]
+    with ray_cluster.two_nodes(tmp_path.parent, blind, DISTILL_NODE_RUNS=str(tmp_path / "node")):
+        outcome = run_sweep(path, options(tmp_path / "driver" / "runs"), "ray")
+    assert outcome.done == 12
+    assert digests(tmp_path / "driver" / "runs") == digests(tmp_path / "one")
+    there = digests(tmp_path / "node")
+    assert there and there.items() <= digests(tmp_path / "one").items()
+    logs = {log.stem.rpartition("-")[2] for log in (tmp_path / "node").glob("sweeps/*/logs/*.log")}
+    assert logs, "the second node ran nothing"
+    assert not logs & {log.stem.rpartition("-")[2] for log in (outcome.folder / "logs").glob("*.log")}
+    assert sorted((tmp_path / "node" / "inputs").iterdir())
+    assert not [one for one in logs if "generate" in one]
+
+
+@on_a_cluster
+def test_a_node_with_another_version_is_refused_by_name_before_any_work(
+    lab: Any, tmp_path: Path, ray_cluster: Any
+) -> None:
+    lab.write_light_recipe(tmp_path)
+    path = lab.write_sweep(tmp_path)
+    older = tmp_path / "older" / "transformers-4.0.1.dist-info"
+    older.mkdir(parents=True)
+    (older / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.0.1\n")
+    wanted = r"node [\d.]+ \(\w{8}\) has transformers 4\.0\.1 \(the driver has 5\.[\d.]+\); install the same"
+    with ray_cluster.two_nodes(tmp_path.parent, PYTHONPATH=str(tmp_path / "older")):
+        with pytest.raises(RunError, match=wanted):
+            run_sweep(path, options(tmp_path / "runs"), "ray")
+    assert not list((tmp_path / "runs").glob("*/*/stage.json"))

@@ -265,6 +265,10 @@ def test_the_smallest_trial_that_is_good_enough_ships_with_its_lineage(
     assert json.loads((made / "recipe.json").read_text())["export"]["variants"] == ["int8"]
     again = cli("sweep", "ship", "sweep", "--trial", choice.number, "--runs", painted.runs, "--out", made)
     assert again.code == 2 and "exists already" in again.error_line
+    inside = cli("sweep", "ship", "sweep", "--trial", choice.number, "--runs", painted.runs)
+    assert Path(inside.out.splitlines()[-1]).parent == painted.runs / "shipped"
+    now = read_record("sweep", painted.runs)
+    assert now.state_of(choice.number) == "done", "what is shipped bears the export's identity and is no stage"
 
 
 @pytest.mark.full

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from distill.errors import BudgetError, IncompleteError, Interrupted, LockedErro
 from distill.runs import RunOptions, locked
 from distill.sweep.config import Resources
 from distill.sweep.executors import LocalExecutor
+from distill.sweep.forecast import Work, wall_time
 from distill.sweep.record import Events, read_events, read_record
 from distill.sweep.resources import Grant, gpu_count
 from distill.sweep.run import SweepOutcome, plan_sweep, raise_for, run_sweep
@@ -167,6 +169,21 @@ def test_what_a_stage_refuses_is_known_before_any_work(lab: Any, tmp_path: Path)
     assert executor.ran.count("prompts") == 1  # the other was refused by its preflight
 
 
+def test_a_stage_that_was_asked_before_the_work_is_not_asked_again_by_its_own_process(
+    lab: Any, tmp_path: Path, student_sweep: Callable[..., Path]
+) -> None:
+    path = student_sweep(grid={"student.phases.0.lr": [1e-4]})
+    dies = lab.Scripted(lambda job, start: Ended(job.identity, "died", "", 137) if (job.label, start) == ("select", 1)
+                        else None)  # fmt: skip
+    run_sweep(path, options(tmp_path), dies)
+    asked = {label: [job.checked for job in dies.jobs if job.label == label] for label in ("train:0", "select")}
+    assert asked == {"train:0": [True], "select": [True, False]}  # what died may miss something
+    plan = plan_sweep(path, replace(options(tmp_path), runs=tmp_path / "other"))
+    node = next(node for node in plan.graph.nodes.values() if node.step.label == "train:0")
+    job = job_of(node, node.recipe, plan.graph.options, Grant(1, 0.0), check_only=True)
+    assert run_job(job).outcome == "failed" and run_job(replace(job, checked=True)).outcome == "done"
+
+
 def test_a_stage_whose_process_dies_is_begun_again_and_fails_the_second_time(
     lab: Any, tmp_path: Path, student_sweep: Callable[..., Path]
 ) -> None:
@@ -252,6 +269,26 @@ def test_a_limit_ends_a_sweep_and_a_higher_one_goes_on(
     assert run_sweep(path, options(tmp_path), lab.Scripted(looks=1)).done == 2
 
 
+def test_the_time_of_attempts_whose_driver_was_killed_counts(
+    lab: Any, tmp_path: Path, student_sweep: Callable[..., Path]
+) -> None:
+    path = student_sweep(limits={"hours": 1.0})
+    folder = tmp_path / "runs" / "sweeps" / "sweep"
+    folder.mkdir(parents=True)
+    killed = {"started": "2020-01-01T00:00:00.000001+00:00", "seconds": 1800.0}
+    # what a driver leaves that was killed: the note it made each second
+    (folder / "live.json").write_text(json.dumps({"schema": 1, "updated": "", "attempt": killed, "running": []}))
+    hour = iter([0.0, *[1799.0] * 3, *[1801.0] * 1000])
+    outcome = run_sweep(path, options(tmp_path), lab.Scripted(looks=9), clock=lambda: next(hour))
+    assert outcome.summary.reason == "limits.hours: 1 hours have passed"
+    attempts = [event for event in read_events(folder) if event.what == "attempt"]
+    assert [event.outcome for event in attempts] == ["killed", ""] and attempts[0].seconds == 1800.0
+    # killed between writing it down and letting go of the note: it counts once
+    (folder / "live.json").write_text(json.dumps({"schema": 1, "updated": "", "attempt": killed, "running": []}))
+    assert run_sweep(path, options(tmp_path), lab.Scripted()).done == 0
+    assert [event.outcome for event in read_events(folder) if event.what == "attempt"] == ["killed", "", ""]
+
+
 def test_dollars_are_handed_on_as_budgets_and_end_the_buying(
     lab: Any, tmp_path: Path, student_sweep: Callable[..., Path]
 ) -> None:
@@ -276,7 +313,8 @@ def test_a_stage_whose_inputs_changed_since_the_plan_is_refused(lab: Any, tmp_pa
     node = next(iter(plan.graph.nodes.values()))
     job = job_of(node, node.recipe, options(tmp_path), Grant(1, 0.0))
     assert Job.from_json(json.loads(json.dumps(job.to_json()))) == job
-    assert "install the same version" in run_job(replace(job, version="0.0.0")).error
+    other = run_job(replace(job, versions={**job.versions, "distill": "0.0.0"}))
+    assert other.outcome == "failed" and "(the driver has 0.0.0); install the same everywhere" in other.error
     (tmp_path / "prompts.jsonl").write_text('{"question": "What is 1 + 1?", "answer": "2"}\n')
     ended = run_job(job)
     assert ended.outcome == "failed" and "its inputs are not what they were" in ended.error
@@ -366,8 +404,10 @@ def test_a_driver_killed_at_twenty_random_moments_ends_as_one_that_was_not(lab: 
         return {document["identity"]: document["digest"] for document in documents}
 
     assert digests(tmp_path / "runs") == digests(tmp_path / "whole")
-    finished = [event.identity for event in read_events(outcome.folder) if event.outcome == "done"]
+    events = read_events(outcome.folder)
+    finished = [event.identity for event in events if event.outcome == "done"]
     assert len(finished) == len(set(finished))
+    assert "killed" in {event.outcome for event in events if event.what == "attempt"}
 
 
 def test_the_view_and_the_status_tell_a_running_sweep(
@@ -383,13 +423,28 @@ def test_the_view_and_the_status_tell_a_running_sweep(
     executor = lab.Scripted(looks=4)
     run_sweep(path, options(tmp_path), executor, view)
     assert "running" in seen[0].out and "no driver" not in seen[0].out
+    assert "? to go" in seen[0].out  # nothing of the kind has finished yet
     said = cli("sweep", "status", "sweep", "--runs", tmp_path / "runs")
-    assert "2 trials (2 done), 10 of 10 distinct stages done; no driver runs it" in said.out
+    assert re.search(
+        r"2 trials \(2 done\), 10 of 10 distinct stages done, 0:0\d so far, \$1.00 spent; no driver", said.out
+    )
     assert "lr=0.0001" in said.out and "stage_seconds" in said.out
     found = cli("sweep", "status", tmp_path / "runs" / "sweeps" / "sweep", "--json").json
     assert [trial["state"] for trial in found["trials"]] == ["done", "done"]
     wrong = cli("sweep", "status", "sweap", "--runs", tmp_path / "runs")
     assert wrong.code == 2 and "no sweep of that name" in wrong.error_line and "there are: sweep" in wrong.error_line
+
+
+def test_what_is_to_go_is_known_as_far_as_such_stages_have_finished() -> None:
+    times = {"train": 100.0, "export": 40.0, "prune": None}
+    train, export, prune = Work("train", 2), Work("export", 1), Work("prune", 2)
+    assert str(wall_time([train, export], times, 2)) == "2:00"  # (2 * 100 + 40) / 2
+    assert str(wall_time([train._replace(spent_s=60.0)], times, 2)) == "0:40"
+    late = train._replace(spent_s=600.0)
+    assert str(wall_time([late], times, 2)) == "?" and str(wall_time([late, export], times, 2)) == ">0:20"
+    assert wall_time([train, prune], times, 2) == (100.0, ("prune",))
+    assert str(wall_time([train, prune], times, 2)) == ">1:40"
+    assert str(wall_time([prune], times, 2)) == "?" and str(wall_time([], times, 2)) == "0:00"
 
 
 def test_the_live_table_shows_every_trial(lab: Any, tmp_path: Path) -> None:
@@ -404,6 +459,12 @@ def test_the_live_table_shows_every_trial(lab: Any, tmp_path: Path) -> None:
         run_sweep(path, options(tmp_path), lab.Inline(), view)
     board = Board(folder, tmp_path / "runs")
     console = Console(width=140, record=True)
-    console.print(rich_table(board.record(), board))
+    console.print(rich_table(board.record(), board, "as it is now", (140, 40)))
     text = console.export_text()
     assert "2 trials (2 done)" in text and "limit=5" in text and "%" in text
+    narrow = Console(width=60, record=True)
+    narrow.print(rich_table(board.record(), board, "as it is now", (60, 5)))
+    text = narrow.export_text()
+    assert "no room for accuracy:teacher, stage_seconds" in " ".join(text.split())
+    assert "to go" in text and "cost" in text
+    assert max(map(len, text.splitlines())) <= 60

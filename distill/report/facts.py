@@ -475,8 +475,8 @@ def _attempts(run: StageRun, variant: str) -> Iterator[Attempt]:
             build_seconds=tried["build_seconds"],
             kl=values.get("mean_kl"),
             top1=values.get("top1_agreement"),
-            accuracy=tried["accuracy"],
-            tokens_per_s=tried["tokens_per_s"],
+            accuracy=tried.get("accuracy"),
+            tokens_per_s=tried.get("tokens_per_s"),
             missed=tuple(gate["name"] for gate in tried["gates"] if gate["status"] == "failed"),
             chosen=tried["chosen"],
         )

@@ -147,18 +147,30 @@ def slurm(
 
 @app.command("status")
 @guarded
-def status(sweep: SweepTarget, runs: RunsFolder = Path("runs"), as_json: AsJson = False) -> None:
+def status(
+    sweep: SweepTarget,
+    live: Annotated[bool, typer.Option("--live", help="The table of a running sweep, renewed each second.")] = False,
+    runs: RunsFolder = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
     """Say how far a sweep is, from any shell: reads files only."""
     from distill.sweep.record import read_record
-    from distill.sweep.view import Board, headline, table_of
+    from distill.sweep.view import Board, follow, headline, table_of
 
     record = read_record(sweep, runs)
-    rows = Board(record.folder, record.runs).rows(record)
+    board = Board(record.folder, record.runs)
+    if live and as_json:
+        raise RecipeError("--live and --json: give one of the two")
+    if live:
+        follow(board)
+        return
+    rows, to_go = board.rows(record), board.to_go(record)
     if as_json:
         print_json({"name": record.name, "running": list(record.live.get("running", [])),
+                    "seconds": round(record.attempts_s, 3), "to_go": to_go._asdict(), "spent_usd": record.spent_usd,
                     "trials": [row.to_json() for row in rows]})  # fmt: skip
         return
-    print(headline(record, rows))
+    print(headline(record, rows, to_go))
     print_table(*table_of(rows, record.sweep.objectives))
     for row in rows:
         if row.error:

@@ -30,6 +30,10 @@ class Executor(Protocol):
     def cpus(self) -> int | None:
         """CPU slots that it brings; None takes what the sweep and this machine say."""
 
+    @property
+    def blind(self) -> bool:
+        """Whether what runs cannot be seen in the driver's run store before it has ended."""
+
     def check(self, jobs: Sequence[Job]) -> dict[str, str]:
         """What stages refuse before any work, by identity; no job has begun yet."""
 
@@ -64,6 +68,7 @@ class LocalExecutor:
 
     name = "local"
     cpus: int | None = None
+    blind = False
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -7,16 +7,17 @@ its prices. What is not known is left open and said.
 import json
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from distill.config import Recipe
 from distill.forecast import tokens_at_most
-from distill.runs import STAGE_FILE, Step
+from distill.progress import clock_text
+from distill.runs import STAGE_FILE
 
-from .config import Resources, SweepFile
+from .config import SweepFile
 from .graph import Graph, Node
 from .resources import cpu_slots, needed
 
@@ -82,22 +83,23 @@ def forecast(file: SweepFile, graph: Graph, proposed: int = 0) -> SweepForecast:
         for kind, nodes in kinds.items()
     )
     owed = [node for node in graph.nodes.values() if node.identity not in done]
-    untimed = tuple(row.kind for row in rows if row.owed and row.seconds_each is None)
+    resources = file.sweep.resources
+    work = [Work(kind_of(node.step.label), needed(node.step, node.recipe, resources)[0].cpus) for node in owed]
+    to_go = wall_time(work, times, cpu_slots(resources))
     return SweepForecast(
-        file.sweep.name, len(graph.trials), proposed, rows, wall_seconds(owed, times, file.sweep.resources),
-        untimed, dollars_at_most(owed),
-    )  # fmt: skip
+        file.sweep.name, len(graph.trials), proposed, rows, to_go.seconds, to_go.untimed, dollars_at_most(owed)
+    )
 
 
-def kind_of(step: Step) -> str:
+def kind_of(label: str) -> str:
     """What stages are timed together: the stage, and of evaluations the model."""
-    return f"eval:{step.args['model']}" if step.stage == "eval" else step.stage
+    return ":".join(label.split(":")[: 2 if label.startswith("eval:") else 1])
 
 
 def _kinds(graph: Graph) -> dict[str, list[Node]]:
     found: dict[str, list[Node]] = {}
     for node in graph.nodes.values():
-        found.setdefault(kind_of(node.step), []).append(node)
+        found.setdefault(kind_of(node.step.label), []).append(node)
     return found
 
 
@@ -115,13 +117,42 @@ def median_seconds(runs: Path, kind: str) -> float | None:
     return statistics.median(seconds) if seconds else None
 
 
-def wall_seconds(owed: Sequence[Node], times: dict[str, float | None], resources: Resources) -> float | None:
-    """Time of the stages that are owed and whose kind is known, if the CPU slots were always full."""
-    known = [(node, seconds) for node in owed if (seconds := times[kind_of(node.step)]) is not None]
-    if owed and not known:
-        return None
-    work = sum(needed(node.step, node.recipe, resources)[0].cpus * seconds for node, seconds in known)
-    return work / cpu_slots(resources)
+class Work(NamedTuple):
+    """A stage that is still owed."""
+
+    kind: str
+    cpus: int
+    spent_s: float = 0.0
+    """How long it has been running."""
+
+
+class ToGo(NamedTuple):
+    """How long something still takes, as far as that is known."""
+
+    seconds: float | None
+    """Of the stages whose time is known; None where there are owed ones, and it is known of none."""
+    untimed: tuple[str, ...] = ()
+    """Kinds of stages whose time is not known; they come on top."""
+
+    def __str__(self) -> str:
+        if self.seconds is None:
+            return "?"
+        return f"{'>' if self.untimed else ''}{clock_text(self.seconds)}"
+
+
+def wall_time(owed: Iterable[Work], times: Mapping[str, float | None], slots: int) -> ToGo:
+    """Time of stages that are owed, if the CPU slots were always full; one that runs counts by what is left of it.
+
+    Nothing is known of one that has been running for longer than such stages do.
+    """
+    work, untimed = [], []
+    for one in owed:
+        seconds = times[one.kind]
+        if seconds is None or one.spent_s > seconds:
+            untimed.append(one.kind)
+        else:
+            work.append(one.cpus * (seconds - one.spent_s))
+    return ToGo(sum(work) / slots if work or not untimed else None, tuple(dict.fromkeys(untimed)))
 
 
 def dollars_at_most(owed: Iterable[Node]) -> float | None:

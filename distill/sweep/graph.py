@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from distill.config import Recipe
 from distill.errors import DataError, ModelError, RecipeError
-from distill.plan import Plan, Shared, make_plan
+from distill.plan import STAGES, Plan, Shared, make_plan
 from distill.runs import STAGE_FILE, RunOptions, Step
 
 from .trials import Trial
@@ -51,9 +51,8 @@ class Store(NamedTuple):
 def read_store(runs: Path) -> Store:
     """What there is in a run store now."""
     folders: dict[str, Path] = {}
-    for stage in sorted(path for path in runs.glob("*") if path.is_dir()):
-        if stage.name not in ("ledger", "pipelines", "reports", "sweeps"):
-            folders |= {path.name.rpartition("-")[2]: path for path in stage.iterdir() if path.is_dir()}
+    for stage in STAGES:  # what else lies in a store may end in an identity too: a shipped folder does
+        folders |= {path.name.rpartition("-")[2]: path for path in (runs / stage).glob("*") if path.is_dir()}
     sealed = frozenset(identity for identity, folder in folders.items() if (folder / STAGE_FILE).exists())
     return Store(runs, folders, sealed)
 

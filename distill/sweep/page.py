@@ -214,8 +214,9 @@ def coordinates(sheet: Sheet) -> str:
     if len(found) < 2 or not keys:
         return ""
     scales = [_key_scale([one.first.trial.varied.get(key) for one in found]) for key in keys]
-    scales += [_objective_scale(found, objective) for objective in results.objectives]
-    names = [*short_keys(keys).values()] + [one.title for one in results.objectives]
+    measured = [one for one in results.objectives if any(one.title in candidate.values for candidate in found)]
+    scales += [_objective_scale(found, objective) for objective in measured]
+    names = [*short_keys(keys).values()] + [one.title for one in measured]
     axes = [(name, ticks) for name, (_, ticks) in zip(names, scales)]
     tracks = [
         Track(
@@ -238,7 +239,9 @@ def _key_scale(values: Sequence[Any]) -> Scale:
     distinct = list({repr(value): value for value in values}.values())
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in distinct):
         distinct.sort()
-    order = {repr(value): index / max(1, len(distinct) - 1) for index, value in enumerate(distinct)}
+    # a lone value in the middle, several apart from the ends, where lines would run through their names
+    inner = [0.5] if len(distinct) == 1 else [0.1 + 0.8 * index / (len(distinct) - 1) for index in range(len(distinct))]
+    order = {repr(value): at for value, at in zip(distinct, inner)}
     every = max(1, len(distinct) // 8)
     ticks = [(order[repr(value)], value_of(value)) for value in distinct[::every]]
     return [order[repr(value)] for value in values], ticks
@@ -301,21 +304,31 @@ def _compared(one: Comparison) -> list[str]:
 def curves(sheet: Sheet) -> str:
     """The last training phase of the best candidates."""
     drawn: list[Line] = []
-    for one in sheet.results.candidates[:CURVES_AT_MOST]:
+    for one, names in _trained_apart(sheet.results.candidates[:CURVES_AT_MOST]):
         phases = read_report(one.first.pipeline).facts.phases
         if phases and phases[-1].curve:
             points_ = [(float(point.tokens), point.loss) for point in phases[-1].curve]
             colour = COLOURS[len(drawn) % len(COLOURS)]
             style = "" if len(drawn) < len(COLOURS) else "dash1"
             shown = smoothed(points_) if len(points_) >= SMOOTHED_FROM else points_
-            drawn.append(Line(f"trial {one.name}", colour, shown, style))
+            drawn.append(Line(f"trial{'s' * (len(names) > 1)} {', '.join(names)}", colour, shown, style))
     if not drawn:
         return ""
     x = axis_to("tokens trained on", max(line.points[-1][0] for line in drawn), thousands)
     y = axis_of("loss", [value for line in drawn for _, value in line.points])
-    lead = f"Loss of the last training phase, running means, of the best {len(drawn)} candidates."
+    lead = "Loss of the last training phase, running means, of the best candidates; one curve where they share it."
     chart = lines("Training loss, nats per supervised token", drawn, x, y)
     return section("curves", "Learning curves", lead, chart)
+
+
+def _trained_apart(found: Sequence[Candidate]) -> list[tuple[Candidate, list[str]]]:
+    """Candidates with a training of their own, each with the names of all that share it."""
+    shared: dict[str, tuple[Candidate, list[str]]] = {}
+    for one in found:
+        trainings = one.first.pipeline.of("train")
+        key = trainings[-1].identity if trainings else one.name
+        shared.setdefault(key, (one, []))[1].append(one.name)
+    return list(shared.values())
 
 
 # --- trials ---------------------------------------------------------------------------------------------------------
@@ -336,8 +349,9 @@ def trials(sheet: Sheet) -> str:
 
 def _trial(sheet: Sheet, one: TrialResult) -> str:
     values = " · ".join(
-        f"{objective.title} {value_text(objective, one.measures.get(objective.title))}"
+        f"{objective.title} {value_text(objective, measure)}"
         for objective in sheet.results.objectives
+        if (measure := one.measures.get(objective.title)) is not None and measure.value is not None
     )
     state = chip(one.state, STATES.get(one.state, ""))
     return (

@@ -18,10 +18,11 @@ from pydantic import BaseModel, ConfigDict
 from distill.config import Located
 from distill.errors import DataError, RunError
 from distill.records import repair_tail, write_json
-from distill.runs import holder_of
+from distill.runs import holder_of, open_sealed
 
-from .config import Sweep, SweepFile
+from .config import Resources, Sweep, SweepFile
 from .graph import Graph, Store, node_json, read_store
+from .resources import cpu_slots, needed
 from .trials import Recipes, Trial
 
 SWEEPS = "sweeps"
@@ -40,8 +41,9 @@ class Event(BaseModel):
     label: str = ""
     outcome: str = ""
     seconds: float = 0.0
-    """Wall time of the process, or of an attempt so far."""
+    """Wall time of the process, or of an attempt."""
     started: str = ""
+    """When it began; of an attempt to the microsecond, which tells it from the others."""
     error: str = ""
     exit_code: int = 0
     cpus: int = 0
@@ -64,6 +66,17 @@ class Events:
         if self.path.exists():
             repair_tail(self.path)
         self.seen = read_events(folder)
+
+    def count_killed(self) -> None:
+        """Count the attempt of a driver that was killed, by the last moment at which it noted that it lives."""
+        live = self.path.with_name(LIVE)
+        try:
+            attempt = json.loads(live.read_text(encoding="utf-8"))["attempt"]
+        except (OSError, ValueError, KeyError):
+            return
+        if not any(event.what == "attempt" and event.started == attempt["started"] for event in self.seen):
+            self.add(Event(what="attempt", at=now(), outcome="killed", **attempt))
+        live.unlink()
 
     def add(self, event: Event) -> None:
         """Append one line."""
@@ -90,14 +103,19 @@ def pruned(events: Iterable[Event]) -> dict[str, set[str]]:
     return found
 
 
+def attempt_seconds(events: Iterable[Event]) -> float:
+    """Seconds of the attempts that have ended, and of those whose driver was killed."""
+    return sum(event.seconds for event in events if event.what == "attempt")
+
+
 def failures(events: Iterable[Event]) -> dict[str, Event]:
     """Stages whose last end was a failure, by identity."""
     last = {event.identity: event for event in events if event.what == "stage"}
     return {identity: event for identity, event in last.items() if event.outcome in ("failed", "died")}
 
 
-def write_record(folder: Path, file: SweepFile, graph: Graph) -> None:
-    """Write down what the sweep is."""
+def write_record(folder: Path, file: SweepFile, graph: Graph, resources: Resources) -> None:
+    """Write down what the sweep is, and what its stages take of the resources that it runs with."""
     write_json(
         folder / RECORD,
         {
@@ -108,6 +126,7 @@ def write_record(folder: Path, file: SweepFile, graph: Graph) -> None:
             "base_path": str(file.base_path.resolve()),
             "base": file.base.value,
             "sweep": file.sweep.model_dump(mode="json", by_alias=True),
+            "slots": cpu_slots(resources),
             "trials": [
                 {
                     "number": trial.number,
@@ -119,7 +138,10 @@ def write_record(folder: Path, file: SweepFile, graph: Graph) -> None:
                 }
                 for trial in graph.trials.values()
             ],
-            "stages": {identity: node_json(node) for identity, node in graph.nodes.items()},
+            "stages": {
+                identity: {**node_json(node), "cpus": needed(node.step, node.recipe, resources)[0].cpus}
+                for identity, node in graph.nodes.items()
+            },
         },
     )
 
@@ -186,6 +208,11 @@ class Record:
         stage = self.stage(identity)
         return self.store.folders.get(identity) or self.runs / stage["stage"] / f"{stage['name']}-{identity}"
 
+    @property
+    def slots(self) -> int:
+        """CPU slots that its stages share."""
+        return int(self.document.get("slots", 1))
+
     @cached_property
     def live(self) -> Mapping[str, Any]:
         """What runs now; empty where no driver holds the sweep."""
@@ -197,9 +224,21 @@ class Record:
             return {}
 
     @cached_property
-    def running(self) -> set[str]:
-        """Identities of the stages that run now."""
-        return {one["identity"] for one in self.live.get("running", [])}
+    def running(self) -> dict[str, float]:
+        """Identities of the stages that run now, with the seconds that each has been running."""
+        return {one["identity"]: float(one["seconds"]) for one in self.live.get("running", [])}
+
+    @property
+    def attempts_s(self) -> float:
+        """Seconds of all attempts to run it so far."""
+        return attempt_seconds(self.events) + float(self.live.get("attempt", {}).get("seconds", 0.0))
+
+    @cached_property
+    def spent_usd(self) -> float | None:
+        """Dollars that its finished generate stages have spent; None where none has finished yet."""
+        paid = [one for one, stage in self.document["stages"].items() if stage["stage"] == "generate"]
+        done = [open_sealed(self.folder_of(one), check=False) for one in paid if one in self.store.sealed]
+        return sum(float(run.counts.get("spent_usd") or 0.0) for run in done) if done else None
 
     @cached_property
     def _failed(self) -> dict[str, Event]:

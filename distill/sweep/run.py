@@ -6,7 +6,7 @@ killed and called again at any moment.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -24,9 +24,10 @@ from .measures import measure, pipeline_of
 from .record import Events, known_numbers, read_record, sweep_folder, write_record
 from .resources import is_paid, needed
 from .schedule import Scheduler, Summary, job_of
-from .study import Proposal, Searcher, objective_values
+from .study import Proposal, Searcher, database_errors, objective_values
 from .trials import Numbers, Recipes, Trial, expand, trials_of
 from .watch import Watch
+from .work import Job
 
 ExecutorName = Literal["local", "ray"]
 EXECUTORS: Sequence[ExecutorName] = ("local", "ray")
@@ -167,20 +168,34 @@ def _started(executor: str | Executor, folder: Path) -> Iterator[Executor]:
 
 
 def _drive(planned: Planned, executor: Executor, view: View, clock: Callable[[], float]) -> SweepOutcome:
+    if planned.file.sweep.search is None:
+        return _run_stages(planned, executor, view, clock)
+    with closing(Searcher(planned.file, planned.recipes, planned.numbers, planned.folder)) as search:
+        return _run_stages(planned, executor, view, clock, search)
+
+
+def _run_stages(
+    planned: Planned, executor: Executor, view: View, clock: Callable[[], float], search: Searcher | None = None
+) -> SweepOutcome:
     file, graph = planned.file, planned.graph
     events = Events(planned.folder)
-    search = Searcher(file, planned.recipes, planned.numbers, planned.folder) if file.sweep.search else None
     if search is not None:
         for proposal in [*search.past, *search.open]:
             _add(graph, proposal)
-    write_record(planned.folder, file, graph)
-    watch = _watch(planned) if file.sweep.pruner else None
     resources = file.sweep.resources
     if resources.cpus is None and executor.cpus is not None:
         resources = resources.model_copy(update={"cpus": executor.cpus})
+    if file.sweep.pruner and executor.blind:
+        raise RecipeError(
+            f"{file.place('pruner')}: pruner reads the figures of trainings while they run, but there is a node that"
+            " does not see the run store; leave the pruner out, or give all nodes shared storage"
+        )
+    write_record(planned.folder, file, graph, resources)
+    watch = _watch(planned) if file.sweep.pruner else None
     scheduler = Scheduler(graph, executor, events, planned.folder, resources, file.sweep.limits, watch, clock)
     scheduler.admit(planned.chosen)
-    scheduler.refuse(_refused(planned, scheduler, executor))
+    owed = _owed(planned, scheduler)
+    scheduler.refuse([job.identity for job in owed], executor.check(owed))
     feed = Feed(planned, search) if search else None
 
     def each(scheduler: Scheduler) -> bool:
@@ -207,19 +222,18 @@ def _watch(planned: Planned) -> Watch:
     return Watch(pruner, [node.step.folder for node in nodes if node.identity in store.folders])
 
 
-def _refused(planned: Planned, scheduler: Scheduler, executor: Executor) -> dict[str, str]:
-    """What stages refuse before any work or money is spent, asked in a process of its own."""
+def _owed(planned: Planned, scheduler: Scheduler) -> list[Job]:
+    """Stages that are still to run, to be asked what they refuse before any work or money is spent."""
     owed = [
         node
         for node in planned.graph.nodes.values()
         if node.identity not in scheduler.sealed and scheduler.begun.intersection(node.trials)
     ]
-    jobs = [
+    return [
         job_of(node, node.recipe, planned.graph.options, needed(node.step, node.recipe, scheduler.resources)[0],
                check_only=True)
         for node in owed
     ]  # fmt: skip
-    return executor.check(jobs)
 
 
 class Feed:
@@ -229,7 +243,14 @@ class Feed:
         self.planned, self.search = planned, search
 
     def __call__(self, scheduler: Scheduler) -> bool:
-        """Tell the study what has ended, ask for what may begin; whether more will come."""
+        """Tell the study what has ended, ask for what may begin; whether more will come.
+
+        Raises RunError if its database does not answer.
+        """
+        with database_errors(self.search.search):
+            return self._next(scheduler)
+
+    def _next(self, scheduler: Scheduler) -> bool:
         still_open = set(scheduler.open_trials())
         for proposal in list(self.search.open):
             numbers = {trial.number for trial in proposal.trials}
@@ -244,7 +265,7 @@ class Feed:
 
     def _admit(self, proposal: Proposal, scheduler: Scheduler) -> None:
         _add(self.planned.graph, proposal)
-        write_record(self.planned.folder, self.planned.file, self.planned.graph)
+        write_record(self.planned.folder, self.planned.file, self.planned.graph, scheduler.resources)
         scheduler.admit(proposal.trials)
 
     def _tell(self, proposal: Proposal, scheduler: Scheduler) -> None:

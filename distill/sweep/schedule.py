@@ -6,8 +6,9 @@ queue. A trial whose stage fails is out; stages that only such trials need are n
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from distill.config import Recipe
 from distill.interrupts import Stop
 from distill.progress import say
 from distill.records import write_json
-from distill.runs import RunOptions, SealedRun, open_sealed
+from distill.runs import RunOptions, SealedRun, Step, open_sealed
 
 from .config import Limits, Resources
 from .executors import Executor
 from .graph import Graph, Node
-from .record import LIVE, Event, Events, now, pruned
+from .record import LIVE, Event, Events, attempt_seconds, now, pruned
 from .resources import Grant, is_paid, needed, pool_of
 from .trials import Trial
 from .watch import Watch
@@ -84,6 +85,8 @@ class Scheduler:
         self.failed: dict[str, str] = {}
         self.pruned = pruned(events.seen)
         self.tries: dict[str, int] = {}
+        self.checked: set[str] = set()
+        """Stages that were asked what they refuse."""
         self.looked: set[str] = set()
         """Stages whose folder has been looked at."""
         self.out: set[int] = set()
@@ -94,7 +97,11 @@ class Scheduler:
         self.summary = Summary()
         self.winding = False
         """Whether what runs has been asked to stop."""
-        self.earlier_s = sum(event.seconds for event in events.seen if event.what == "attempt")
+        events.count_killed()
+        self.earlier_s = attempt_seconds(events.seen)
+        self.attempt = datetime.now(UTC).isoformat()
+        """When this attempt began, with `_started_s` on the clock."""
+        self._started_s = self.clock()
         self._changed = True
         self._noted_s = float("-inf")
 
@@ -118,8 +125,9 @@ class Scheduler:
         given_up = node.identity in self.failed or trial.key in self.pruned.get(node.identity, ())
         return given_up and node.identity not in self.sealed
 
-    def refuse(self, errors: dict[str, str]) -> None:
-        """Count these stages as failed before they have begun."""
+    def refuse(self, checked: Iterable[str], errors: dict[str, str]) -> None:
+        """Note which stages were asked before any work, and count as failed what refused."""
+        self.checked.update(checked)
         for identity, error in errors.items():
             self._fail(self.graph.nodes[identity], error)
 
@@ -138,9 +146,8 @@ class Scheduler:
 
         `each` is called between two looks, may admit further trials, and says whether it will admit more.
         """
-        started_s = self.clock()
         try:
-            while not self._over(stop, self.clock() - started_s):
+            while not self._over(stop):
                 self._collect()
                 more = each(self)
                 self._begin()
@@ -153,13 +160,17 @@ class Scheduler:
             self.executor.close(at_once=self.winding)  # then somebody asked twice
             self.winding = True
             self._collect()
-            self.summary.wall_seconds = self.clock() - started_s
-            self.events.add(Event(what="attempt", at=now(), seconds=round(self.summary.wall_seconds, 3)))
+            self.summary.wall_seconds = self.clock() - self._started_s
+            self.events.add(Event(what="attempt", at=now(), **self._attempt()))
             (self.folder / LIVE).unlink(missing_ok=True)
         return self.summary
 
-    def _over(self, stop: Stop, attempt_s: float) -> bool:
-        hours = (self.earlier_s + attempt_s) / SECONDS_PER_HOUR
+    def _attempt(self) -> dict[str, Any]:
+        """When this attempt began and how long it has taken."""
+        return {"started": self.attempt, "seconds": round(self.clock() - self._started_s, 3)}
+
+    def _over(self, stop: Stop) -> bool:
+        hours = (self.earlier_s + self.clock() - self._started_s) / SECONDS_PER_HOUR
         if self.limits.hours is not None and hours >= self.limits.hours:
             self.summary.reason = f"limits.hours: {self.limits.hours:g} hours have passed"
         return stop.requested or bool(self.summary.reason)
@@ -212,7 +223,11 @@ class Scheduler:
         recipe = node.recipe
         if paid and self.limits.dollars is not None:
             recipe = _with_budget(recipe, self.limits.dollars - sum(self.spent_usd.values()))
-        return job_of(node, recipe, self.options, grant, self.counts_gpus)
+        checked = node.identity in self.checked and not self.tries.get(node.identity)
+        inputs = tuple(dict.fromkeys(map(_place, _upstream(node.step))))
+        return job_of(
+            node, recipe, self.options, grant, self.counts_gpus, checked=checked, place=_place(node.step), inputs=inputs
+        )
 
     # --- what ended -------------------------------------------------------------------------------------------------
 
@@ -284,7 +299,7 @@ class Scheduler:
             }
             for identity, one in self.running.items()
         ]  # fmt: skip
-        write_json(self.folder / LIVE, {"schema": 1, "updated": now(), "running": running})
+        write_json(self.folder / LIVE, {"schema": 1, "updated": now(), "attempt": self._attempt(), "running": running})
         if self.watch is not None:
             self._look(self.watch)
 
@@ -322,6 +337,17 @@ def job_of(
         node.step.label, node.identity, recipe.model_dump_json(), str(Path.cwd()), str(options.runs.resolve()),
         options.device, grant.cpus, grant.gpus if counts_gpus else None, options.require, **changes,
     )  # fmt: skip
+
+
+def _place(step: Step) -> str:
+    return "/".join(step.folder.parts[-2:])
+
+
+def _upstream(step: Step) -> Iterator[Step]:
+    """All that a stage is made from, upstream first."""
+    for one in step.upstream.values():
+        yield from _upstream(one)
+        yield one
 
 
 def _with_budget(recipe: Recipe, usd: float) -> Recipe:

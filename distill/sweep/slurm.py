@@ -61,7 +61,7 @@ def write_scripts(planned: Planned) -> Scripts:
     folder = planned.folder / "slurm"
     with storage_errors(f"cannot write {folder}"):
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-        write_record(planned.folder, planned.file, planned.graph)
+        write_record(planned.folder, planned.file, planned.graph, planned.file.sweep.resources)
         groups = _groups(planned.graph, planned.chosen_numbers, planned.file.sweep.resources)
         lines, arrays = _lines(planned.graph, groups, planned.file.sweep.resources)
         scripts = Scripts(folder / "submit.sh", folder / "jobs.jsonl", arrays)

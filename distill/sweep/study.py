@@ -8,12 +8,14 @@ import itertools
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
-from distill.errors import MissingExtraError, RecipeError
+from distill.errors import MissingExtraError, RecipeError, RunError
 
 from .config import Dimension, Objective, Search, SweepFile
 from .record import STUDY
@@ -52,16 +54,20 @@ class Searcher:
         self.search: Search = file.sweep.search
         self.library = optuna()
         self.distributions = {key: self._distribution(one) for key, one in self.search.space.items()}
-        self.study = self._open(folder)
+        with database_errors(self.search):
+            self.study = self._open(folder)
+            self._read()
+
+    def _read(self) -> None:
         self.open = [proposal for trial in self._running() if (proposal := self._resumed(trial))]
         self.past = [self._proposal(trial) for trial in self._told()]
         """Proposals that had ended when the driver began."""
 
     def _open(self, folder: Path) -> Any:
         directions = ["maximize" if one.rising else "minimize" for one in self.file.sweep.objectives]
-        storage = open_storage(self.search, folder)
+        self.storage = open_storage(self.search, folder)
         study = self.library.create_study(
-            storage=storage, study_name=self.file.sweep.name, directions=directions, load_if_exists=True
+            storage=self.storage, study_name=self.file.sweep.name, directions=directions, load_if_exists=True
         )
         if [direction.name.lower() for direction in study.directions] != directions:
             raise RecipeError(
@@ -114,6 +120,12 @@ class Searcher:
         place = self.file.place("search", "space")
         made = trials_of(self.file.sweep, self.recipes, self._overrides(trial.params), self.numbers, place)
         return Proposal(trial.number, tuple(made))
+
+    def close(self) -> None:
+        """Close the connections to the study's database."""
+        if isinstance(self.storage, self.library.storages.RDBStorage):
+            self.storage.remove_session()
+            self.storage.engine.dispose()
 
     # --- asking and telling
 
@@ -207,7 +219,8 @@ def open_storage(search: Search, folder: Path) -> Any:
                 f"search.storage_env is {search.storage_env}, but there is no such environment variable; set it to the"
                 " url of the database, or leave the key out"
             )
-        return library.storages.RDBStorage(url)
+        with database_errors(search):
+            return library.storages.RDBStorage(url)
     if search.storage == "sqlite":
         return library.storages.RDBStorage(f"sqlite:///{(folder / STUDY).resolve()}.db")
     journal = library.storages.journal
@@ -215,6 +228,44 @@ def open_storage(search: Search, folder: Path) -> Any:
     Path(f"{path}.lock").unlink(missing_ok=True)  # of a driver that was killed: the sweep's own lock is ours
     lock = journal.JournalFileOpenLock(path)
     return library.storages.JournalStorage(journal.JournalFileBackend(path, lock_obj=lock))
+
+
+@contextmanager
+def database_errors(search: Search) -> Iterator[None]:
+    """Turn what a database refuses into RunError; the url, which holds its password, is named by its variable only."""
+    try:
+        yield
+    except ImportError:
+        if search.storage_env is None:
+            raise
+        raise RecipeError(
+            f"the driver that the url in {search.storage_env} asks for is not installed; for PostgreSQL: pip install"
+            " 'psycopg[binary]'"
+        ) from None
+    except _database_exceptions() as error:
+        if search.storage_env is None:
+            raise
+        said = _without_url(str(getattr(error, "orig", None) or error), os.environ.get(search.storage_env, ""))
+        # without its cause, whose text may hold the url
+        raise RunError(
+            f"the study's database, whose url is in {search.storage_env}, does not answer: {said}; what it was told so"
+            " far is kept: run the same command again when it is there"
+        ) from None
+
+
+def _database_exceptions() -> tuple[type[Exception], ...]:
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return SQLAlchemyError, optuna().exceptions.StorageInternalError
+
+
+def _without_url(text: str, url: str) -> str:
+    """One line without the url or any password in it, however it is written."""
+    parts = urlsplit(url)
+    secrets = {url, parts.password or "", unquote(parts.password or ""), parts.netloc}
+    for secret in sorted(secrets - {""}, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return " ".join(text.split())
 
 
 def objective_values(measured: Mapping[str, float | None], objectives: Sequence[Objective]) -> list[float] | None:

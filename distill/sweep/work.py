@@ -6,21 +6,22 @@ input, which stays open as long as the driver lives; when it closes, the stage i
 a driver, `python -m distill.sweep.work JOBS.jsonl LINE` runs one line of a file.
 """
 
+import functools
 import json
 import os
+import platform
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import chdir
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from distill import __version__
 from distill.config import recipe_from
 from distill.errors import DistillError, Interrupted, LockedError, RunError
 from distill.interrupts import interruptible
@@ -28,13 +29,28 @@ from distill.pipeline import stage_module
 from distill.plan import make_plan
 from distill.progress import say
 from distill.records import write_json
-from distill.runs import RunOptions
+from distill.runs import RunOptions, library_versions
 
 from .resources import visible_gpus
 
 POLL_S = 0.2
 
 Outcome = Literal["done", "failed", "stopped", "died"]
+
+
+@functools.cache
+def versions_here() -> Mapping[str, str]:
+    """What results depend on: Python and the libraries, as they are installed here."""
+    return {"python": platform.python_version(), **library_versions()}
+
+
+def differences(driver: Mapping[str, str], node: Mapping[str, str]) -> str:
+    """What a node has of another version than the driver; empty where all is the same."""
+    return ", ".join(
+        f"{name} {node.get(name, 'not at all')} (the driver has {driver.get(name, 'none')})"
+        for name in dict.fromkeys([*driver, *node])
+        if driver.get(name) != node.get(name)
+    )
 
 
 @dataclass(frozen=True)
@@ -55,7 +71,14 @@ class Job:
     require: bool = False
     check_only: bool = False
     """Only let the stage refuse what it can refuse before any work."""
-    version: str = __version__
+    checked: bool = False
+    """It has just been asked on this machine, and need not be asked again."""
+    place: str = ""
+    """Its folder in the run store."""
+    inputs: tuple[str, ...] = ()
+    """Folders in the run store of all stages that it is made from."""
+    versions: Mapping[str, str] = field(default_factory=versions_here)
+    """What the driver runs with: another node must have the same."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -65,7 +88,8 @@ class Job:
     def from_json(cls, values: dict[str, Any]) -> "Job":
         """The job that `to_json` gave."""
         known = {field.name: values[field.name] for field in fields(cls)}
-        return cls(**{**known, "gpus": None if known["gpus"] is None else tuple(known["gpus"])})
+        gpus = None if known["gpus"] is None else tuple(known["gpus"])
+        return cls(**{**known, "gpus": gpus, "inputs": tuple(known["inputs"])})
 
     @property
     def environment(self) -> dict[str, str]:
@@ -95,9 +119,8 @@ class Ended:
 
 def run_job(job: Job) -> Ended:
     """Run one stage in this process: what a user can mend comes back as text, a signal raises Interrupted."""
-    if job.version != __version__:
-        error = f"this node has distill {__version__}, the driver {job.version}; install the same version everywhere"
-        return Ended(job.identity, "failed", error, 2)
+    if differing := differences(job.versions, versions_here()):
+        return Ended(job.identity, "failed", f"this node has {differing}; install the same everywhere", 2)
     try:
         with chdir(job.folder):
             _run(job)
@@ -118,7 +141,8 @@ def _run(job: Job) -> None:
     if step.sealed:
         return
     module = stage_module(step)
-    module.preflight(recipe, step, options)
+    if not job.checked:
+        module.preflight(recipe, step, options)
     said = ""
     while not (job.check_only or step.sealed):
         try:
