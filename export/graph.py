@@ -26,7 +26,7 @@ from distill.records import write_json
 from distill.runs import PARTIAL, library_versions
 
 from .quantize import Rounded, write_weights
-from .schemes import VARIANTS, Matrix, Scheme, Weight, expected_matrices
+from .schemes import VARIANTS, Matrix, Scheme, Weight, expected_matrices, first_scheme
 
 BUILDER_GRAPH = "model.onnx"
 BUILDER_OPTIONS = ["hf_token=false", "fuse_qk_norm_gqa=false"]
@@ -73,9 +73,9 @@ def build_variant(
         raise ExportError(f"variant {variant!r} is not known; choose from {', '.join(VARIANTS)}")
     if folder.exists() and any(folder.iterdir()):
         raise ExportError(f"{folder}: is there already; remove it to build {variant} again")
-    scheme = scheme or VARIANTS[variant]
     source = find_model(str(checkpoint))
     config = load_config(source)
+    scheme = scheme or first_scheme(variant, config)
     refuse_unsupported(config, str(checkpoint))
     end_ids = end_token_ids(checkpoint, config, load_tokenizer(source).eos_token_id)
     part = folder.with_name(folder.name + PARTIAL)
@@ -183,8 +183,8 @@ def _quantization(config: Any, scheme: Scheme) -> dict[str, Any]:
         "symmetric": scheme.symmetric,
         "block_size": scheme.block_size,
         "accuracy_level": scheme.accuracy_level,
-        # GPTQ's matrices are written over what the builder rounds.
-        "method": "rtn" if scheme.method == "rtn" else "k_quant",
+        # GPTQ's matrices are written over what the builder rounds, but the head's.
+        "method": "k_quant" if scheme.method == "gptq" else scheme.method,
         # Gather is the embedding. Untied, it stays fp32: the quantizer knows no 8-bit rows of its own.
         "op_types": ["MatMul", "Gather"] if config.tie_word_embeddings else ["MatMul"],
         "overrides": overrides,

@@ -100,6 +100,10 @@ class NotHereError(Exception):
     """A runtime is not on this machine; says how to get it."""
 
 
+class NotInstalledError(NotHereError):
+    """It is missing; the remedy names this machine's folders, which are none of an artifact's business."""
+
+
 class BrokenError(Exception):
     """A runtime is here, but could not load or run the artifact."""
 
@@ -127,10 +131,14 @@ def runtime_gates(
         gate = partial(GateEntry, variant=variant)
         try:
             version, answers = RUNTIMES[name](question)
-        except (NotHereError, MissingExtraError) as error:
+        except (NotInstalledError, MissingExtraError):
+            why = f"{name} was not on the machine that exported; `distill doctor` says how to get it"
+            gates += [gate(name=f"{name}_{what}", status="not_run", detail=why) for what in MEASURES]
+        except NotHereError as error:
             gates += [gate(name=f"{name}_{what}", status="not_run", detail=str(error)) for what in MEASURES]
         except (BrokenError, EngineError) as error:
-            gates += [gate(name=f"{name}_{what}", status="failed", detail=str(error)) for what in MEASURES]
+            words = str(error).replace(str(artifact.resolve()), ".").replace(str(artifact), ".")
+            gates += [gate(name=f"{name}_{what}", status="failed", detail=words) for what in MEASURES]
         else:
             gates += [
                 prompt_gate(name, version, variant, cases, answers),
@@ -310,13 +318,13 @@ def missing_runtimes() -> dict[str, str]:
 
 def _node() -> str:
     if not (node := shutil.which("node")):
-        raise NotHereError("there is no `node` on the PATH; install Node.js 20 or newer")
+        raise NotInstalledError("there is no `node` on the PATH; install Node.js 20 or newer")
     return node
 
 
 def _chromium() -> str:
     if not (chromium := next(filter(None, map(shutil.which, CHROMIUMS)), None)):
-        raise NotHereError(f"there is no browser on the PATH; install one of {', '.join(CHROMIUMS)}")
+        raise NotInstalledError(f"there is no browser on the PATH; install one of {', '.join(CHROMIUMS)}")
     return chromium
 
 
@@ -324,7 +332,7 @@ def _optimum() -> Path:
     python = _home(OPTIMUM_HOME, "optimum") / "bin" / "python"
     if not python.is_file():
         home = python.parent.parent
-        raise NotHereError(
+        raise NotInstalledError(
             f"Optimum is not in {home}; run `python -m venv {home} && {home}/bin/pip install"
             f" 'optimum-onnx[onnxruntime]==0.1.*' torch`, or name another environment in {OPTIMUM_HOME}"
         )
@@ -334,7 +342,7 @@ def _optimum() -> Path:
 def _node_modules() -> Path:
     modules = _home(NODE_HOME, "node") / "node_modules"
     if not (modules / "@huggingface" / "transformers").is_dir():
-        raise NotHereError(
+        raise NotInstalledError(
             f"transformers.js is not in {modules}; run `npm install --ignore-scripts --prefix {modules.parent}"
             f" @huggingface/transformers@4`, or name another folder in {NODE_HOME}"
         )

@@ -69,6 +69,17 @@ VARIANTS: dict[str, Scheme] = {
 """What each variant begins with; `ladder` says what follows where a gate fails."""
 
 
+def first_scheme(variant: str, config: Any) -> Scheme:
+    """What a variant of this model begins with.
+
+    The builder cannot pack the zero points of rows with an odd number of blocks: such models are rounded to symmetric
+    grids, which have none.
+    """
+    scheme = VARIANTS[variant]
+    rows = {matrix.rows // scheme.block_size for matrix in expected_matrices(config, scheme) if matrix.bits == 4}
+    return replace(scheme, method="rtn", symmetric=True) if any(blocks % 2 for blocks in rows) else scheme
+
+
 class Matrix(NamedTuple):
     """One weight matrix as the graph computes with it."""
 
@@ -179,7 +190,7 @@ def ladder(
     `method` and `head_bits` keep the rungs that have them. With `max_bytes` only those that fit are kept, and the
     widest mixture of layers that fits takes the place of those that do not. Raises ExportError if none fits.
     """
-    first = VARIANTS[variant]
+    first = first_scheme(variant, config)
     rungs = [first]
     if first.quantized:
         eight = replace(VARIANTS["int8"], half=first.half)
@@ -212,10 +223,11 @@ def _four_bits(first: Scheme, config: Any) -> Iterator[Scheme]:
     yield first
     wide_head = replace(first, head_bits=8)
     yield wide_head
-    gptq = replace(wide_head, method="gptq")
-    yield gptq
+    best = wide_head if first.symmetric else replace(wide_head, method="gptq")
+    if best != wide_head:
+        yield best
     if layers > 1:
-        yield replace(gptq, wide_layers=most_sensitive(layers, layers // 2))
+        yield replace(best, wide_layers=most_sensitive(layers, layers // 2))
 
 
 def most_sensitive(layers: int, count: int) -> tuple[int, ...]:

@@ -268,7 +268,14 @@ def test_an_artifact_brings_its_markers_and_system_prompt(altered: Callable[...,
     trained = {"system": "Be short.", "open_marker": "[[", "close_marker": "]]"}
     origin = ModelOrigin(id="x")
     write_manifest(
-        folder, Draft(name="tiny", variants=("fp32",), origins=Origins(student=origin), options={"format": trained})
+        folder,
+        Draft(
+            name="tiny",
+            variants=("fp32",),
+            default="fp32",
+            origins=Origins(student=origin),
+            options={"format": trained},
+        ),
     )
     with Runtime(folder, threads=1) as one:
         assert one.name == "tiny" and one.format.close_marker == "]]"

@@ -35,6 +35,14 @@ def test_the_rungs_of_four_bits_grow_until_all_has_eight(config: Any) -> None:
     assert ladder("fp32", config) == [VARIANTS["fp32"]]
 
 
+def test_rows_with_an_odd_number_of_blocks_are_rounded_to_symmetric_grids(config: Any) -> None:
+    config.hidden_size = 96
+    assert list(map(str, ladder("int4", config)))[:4] == [
+        "int4 rtn", "int4 rtn, int8 head", "int4 rtn, int8 head, 6 layers in int8", "int8 rtn"
+    ]  # fmt: skip
+    assert all(rung.symmetric for rung in ladder("int4", config))
+
+
 def test_a_recipe_can_keep_one_method_or_one_head(config: Any) -> None:
     assert [str(rung) for rung in ladder("int4", config, method="gptq", head_bits=8)][:2] == [
         "int4 gptq, int8 head",
