@@ -19,12 +19,11 @@ from distill.runs import Step
 
 from .limits import known_limits
 from .manifest import BOM_FILE, SIGNATURE_FILE, Draft, Evaluated, FileEntry, GateEntry, ModelOrigin
+from .package import DTYPES
 
 LIBRARY = "transformers.js"
 """The loader of these files that hubs know by name, and show how to use."""
 TAGS = ("onnx", "onnxruntime-genai", "transformers.js", "optimum", "reasoning", "knowledge-distillation", "distill")
-DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4", "q4f16": "q4f16"}
-"""What transformers.js calls a variant."""
 QUESTION = "What is the capital of France?"
 Files = Mapping[str, FileEntry]
 

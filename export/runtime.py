@@ -24,6 +24,7 @@ from distill.errors import ArtifactError, EngineError
 from distill.onnx_batching import Row
 from distill.onnx_decoding import OnnxDecoder
 from distill.runs import available_cores
+from distill.untrusted import refuse_unsafe_configs
 
 from .chat_template import Chat
 from .manifest import MANIFEST_FILE, read_manifest
@@ -144,6 +145,7 @@ class Runtime:
         self.threads = threads or available_cores()
         self.decoder = OnnxDecoder(folder, self.threads, max_rows, cache_gb, variant)
         self.graph = self.decoder.graph
+        refuse_unsafe_configs(self.graph.root)
         self.format = read_format(self.graph.root)
         self.name = artifact_name(self.graph.root)
         self.chat = Chat(self.graph.root)

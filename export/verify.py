@@ -97,7 +97,8 @@ def _graphs(folder: Path, manifest: Manifest) -> Check:
 
 def _end_tokens(folder: Path) -> Check:
     """All four files that a runtime may take it from end a text at the same tokens."""
-    return _found("end tokens", "; ".join(lint_end_tokens(folder)) or None, "the same in all four files")
+    problems = lint_end_tokens(folder)
+    return _found("end tokens", "; ".join(problems)[:300] or None, "the same in all four files")
 
 
 # --- what was written about it --------------------------------------------------------------------------------------

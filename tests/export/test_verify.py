@@ -14,6 +14,7 @@ from distill.config import FormatConfig, TeacherConfig, recipe_from
 from distill.engines import onnx as engine
 from distill.errors import ArtifactError, DistillError
 from distill.export.manifest import GoldenPrompt, read_manifest, result_digest, verify_files
+from distill.export.runtime import Runtime
 from distill.export.verify import Check, refuse_failed, summary, verify_artifact
 from distill.onnx_decoding import GenaiDecoder, OnnxDecoder
 from distill.runs import RunOptions
@@ -208,6 +209,7 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "onnx decoder": lambda folder: OnnxDecoder(folder, 1, variant="int4"),
     "genai decoder": lambda folder: GenaiDecoder(folder, 1, "int4"),
     "engine": open_engine,
+    "runtime": lambda folder: Runtime(folder, "int4", threads=1).close(),
 }
 
 
