@@ -13,7 +13,7 @@ import pytest
 
 from distill.artifact import VARIANT_FILES, locate
 from distill.export.package import DTYPES, lint_end_tokens, tokenizer_class, tokenizer_config, write_loader_files
-from distill.export.runtimes import RUNTIMES, Answer, BrokenError, Case, Question
+from distill.export.runtimes import RUNTIMES, Answer, BrokenError, Case, Question, stops_rightly
 from distill.onnx_decoding import OnnxDecoder
 
 Artifact = Callable[..., Path]
@@ -68,7 +68,7 @@ def test_every_library_writes_the_text_that_onnxruntime_genai_writes(
     for variant in VARIANT_FILES:
         genai, other = ask("genai", folder, variant), ask(runtime, folder, variant)
         assert (genai.prompt, genai.prompt_ids) == (other.prompt, other.prompt_ids), variant
-        assert len(other.written) == NEW_TOKENS
+        assert stops_rightly(other.written, (2,), NEW_TOKENS)
         if variant == "fp32":
             assert genai.written == other.written and genai.top1 == other.top1
 
