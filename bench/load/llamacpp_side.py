@@ -1,6 +1,6 @@
 """llama.cpp's side of the decoding benchmark, through llama-cpp-python's own bindings; its environment needs no other.
 
-quantize   Write a GGUF file in another type, body and head (with the embedding) each in its own.
+quantize   Write a GGUF file in another type, layers, head and embedding alike.
 run        Load a GGUF file and decode or prefill when asked to.
 """
 
@@ -12,8 +12,8 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from turns import answer, step_by_step
 from steps import say
+from turns import answer, step_by_step
 
 FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7}
 """Of llama.h's `llama_ftype`: what most matrices are stored in."""
@@ -25,8 +25,8 @@ def quantize(given: argparse.Namespace) -> None:
     """Write `given.out`; tensors that are quantized already are dequantized first."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread = given.threads
-    params.ftype = FILE_TYPES[given.body]
-    params.output_tensor_type = params.token_embedding_type = TENSOR_TYPES[given.head]
+    params.ftype = FILE_TYPES[given.type]
+    params.output_tensor_type = params.token_embedding_type = TENSOR_TYPES[given.type]
     params.allow_requantize = True
     if code := llama_cpp.llama_model_quantize(str(given.model).encode(), str(given.out).encode(), ctypes.byref(params)):
         raise RuntimeError(f"llama_model_quantize failed with {code}")
@@ -83,8 +83,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--out", type=Path, help="of `quantize`")
-    parser.add_argument("--body", choices=FILE_TYPES)
-    parser.add_argument("--head", choices=TENSOR_TYPES)
+    parser.add_argument("--type", choices=FILE_TYPES, help="of `quantize`")
     parser.add_argument("--tokens", type=int, default=2048, help="longest text")
     parser.add_argument("--setting", help="of `run`: flash, repack, mmap, ubatch, cache as JSON")
     given = parser.parse_args()

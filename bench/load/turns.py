@@ -46,8 +46,9 @@ def step_by_step(start: Callable[[list[int]], int], step: Callable[[int], int]) 
 
 def answer(turn: Turn) -> None:
     """Say what loading took, then answer turns until nothing more is asked, and say the highest memory."""
-    say(ready=True, loaded_mb=memory_mb("VmRSS"))
+    loaded_mb = memory_mb("VmRSS")
+    say(ready=True)
     while wanted := asked().split():
         what, tokens = wanted[0], int(wanted[1])
         say(seconds=turn(what, tokens), tokens=tokens)
-    say(peak_mb=memory_mb("VmHWM"))
+    say(loaded_mb=loaded_mb, peak_mb=memory_mb("VmHWM"))
