@@ -130,13 +130,21 @@ MOST_ROUNDING = {"bf16": 0.005, "fp32": 0.0005}
 
 def trl_python() -> Path:
     """The Python of TRL's environment, made if it is not there. Raises RuntimeError if it cannot be."""
-    torch = f"torch=={version('torch')}"
-    stamp, python = VENV / "installed.json", VENV / "bin" / "python"
-    wanted = [torch, *PACKAGES]
+    return peer_python(VENV, [f"torch=={version('torch')}"], PACKAGES)
+
+
+def peer_python(venv: Path, *installs: Sequence[str], **variables: str) -> Path:
+    """The Python of a peer's environment, made if it does not hold just this: what one pip after the other installs.
+
+    `variables` are set while they do. Raises RuntimeError if it cannot be made.
+    """
+    stamp, python = venv / "installed.json", venv / "bin" / "python"
+    wanted = [word for words in installs for word in words]
     if not stamp.exists() or json.loads(stamp.read_text()) != wanted:
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        for command in ([sys.executable, "-m", "venv", "--clear", str(VENV)], [*pip, torch], [*pip, *PACKAGES]):
-            done = subprocess.run(command, capture_output=True, text=True)
+        commands = [[sys.executable, "-m", "venv", "--clear", str(venv)], *([*pip, *words] for words in installs)]
+        for command in commands:
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
             if done.returncode:
                 raise RuntimeError(f"not installed: {done.stderr[-1000:]}")
         stamp.write_text(json.dumps(wanted))
@@ -231,6 +239,10 @@ class Side:
 
     def step(self, what: str = STEP) -> Step:
         """One step, whatever else the machine does meanwhile."""
+        return Step(**self.ask(what))
+
+    def ask(self, what: str) -> dict[str, Any]:
+        """What the side answers, with `cpu_s` and `others` as `Step` has them."""
         assert self._process.stdin
         busy, passed = all_processors()
         own = of_process(self._process.pid)
@@ -240,15 +252,19 @@ class Side:
         busy_later, passed_later = all_processors()
         own = of_process(self._process.pid) - own
         others = max(0, busy_later - busy - own) / max(1, passed_later - passed)
-        return Step(**found, cpu_s=own / os.sysconf("SC_CLK_TCK"), others=round(others, 3))
+        return {**found, "cpu_s": own / os.sysconf("SC_CLK_TCK"), "others": round(others, 3)}
 
     def quiet_step(self) -> Step:
-        """A step on a quiet machine: the least disturbed of some tries."""
-        tried: list[Step] = []
-        while not tried or (tried[-1].others > MOST_OTHERS and len(tried) < self._tries):
+        """A step on a quiet machine."""
+        return Step(**self.ask_quietly(STEP))
+
+    def ask_quietly(self, what: str) -> dict[str, Any]:
+        """The least disturbed of some answers."""
+        tried: list[dict[str, Any]] = []
+        while not tried or (tried[-1]["others"] > MOST_OTHERS and len(tried) < self._tries):
             wait_until_quiet(self._patience_s)
-            tried.append(self.step())
-        return min(tried, key=lambda step: step.others)
+            tried.append(self.ask(what))
+        return min(tried, key=lambda answered: answered["others"])
 
     def end(self) -> Memory:
         """No more steps; what memory they took."""
