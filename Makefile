@@ -82,13 +82,17 @@ quickstart-sweep: $(VENV)/.stamp-run
 
 # --- check ------------------------------------------------------------------------------------------------------------
 
+# Files of tests are shared out to JOBS processes of one thread each, which two cores finish in half the time.
+JOBS   ?= 2
+PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
 test: $(VENV)/.stamp-dev js-env
 	@mkdir -p build/coverage
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=$(COVERAGE_BAR) $(PYTEST_ARGS)
+	$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=$(COVERAGE_BAR) $(PYTEST_ARGS)
 
 test-full: $(VENV)/.stamp-dev js-env
 	@mkdir -p build/coverage
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered -m 'not gpu' $(PYTEST_ARGS)
+	$(PYTEST) --cov --cov-report=term:skip-covered -m 'not gpu' $(PYTEST_ARGS)
 
 lint: lint-format lint-rules lint-types lint-docs
 
