@@ -39,13 +39,13 @@ HOSTILE = (
     '</script><script>window.pwned = 1</script><img src=x onerror="window.pwned = 2"><svg onload=alert(3)>'
     "<!-- &lt;b&gt; \u2028 \u202e data: [DONE]\n\ndata: {}\n\n<a href='javascript:alert(4)'>x</a>"
 )
-WRITING, READY = ("document.body.dataset.state === 'writing'", "document.body.dataset.state === 'ready'")
+WRITING, READY = ("document.body?.dataset.state === 'writing'", "document.body?.dataset.state === 'ready'")
 CONTENT = "[...document.querySelectorAll('.assistant .content')].at(-1)?.textContent"
 REASONING = "[...document.querySelectorAll('.assistant .reasoning')].at(-1)?.textContent"
 
 
 class InThread:
-    """Something that is served in a loop of its own: `open` gives what to close and the port."""
+    """Something that is served in a loop of its own: what opens it gives how to close it, and its port."""
 
     def __init__(self, open_it: Callable[[], Any]) -> None:
         self._loop, self._stop, self._started = asyncio.new_event_loop(), asyncio.Event(), threading.Event()
@@ -55,11 +55,11 @@ class InThread:
         assert self._started.wait(20)
 
     async def _run(self) -> None:
-        runner, port = await self._open_it()
+        close, port = await self._open_it()
         self.url = f"http://127.0.0.1:{port}/"
         self._started.set()
         await self._stop.wait()
-        await runner.cleanup()
+        await close()
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
@@ -70,7 +70,12 @@ class InThread:
 def thread_of(server: Server) -> InThread:
     async def open_it() -> Any:
         runner, listener = await listen(server, "127.0.0.1", 0)
-        return runner, listener.sockets[0].getsockname()[1]
+
+        async def close() -> None:
+            listener.close()
+            await runner.cleanup()
+
+        return close, listener.sockets[0].getsockname()[1]
 
     return InThread(open_it)
 
@@ -166,7 +171,7 @@ def scripted(deltas: list[dict[str, str]]) -> InThread:
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        return runner, runner.addresses[0][1]
+        return runner.cleanup, runner.addresses[0][1]
 
     return InThread(open_it)
 
