@@ -27,7 +27,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from load.turns import DECODE, PREFILL
+from load.steps import DECODE, PREFILL
 from train_vs_trl import MOST_OTHERS, OUT, ROOT, SIDES, Memory, Row, Side, answer, peer_python, table
 
 DECODE_TIMES = 1.0

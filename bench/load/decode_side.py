@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from steps import say
-from turns import DECODE, PROMPT, Turn, answer, prompt, step_by_step
+from steps import DECODE, say
+from turns import PROMPT, Turn, answer, prompt, step_by_step
 
 READ = 1 << 26
 """Numbers of 4 bytes that are read to measure memory: far more than any cache holds."""

@@ -1,4 +1,4 @@
-"""What both sides of the training benchmark share: taking turns, memory, the allocator, where a step's time goes.
+"""What the sides of the benchmarks share: taking turns, memory, the allocator, where a step's time goes.
 
 Imported by scripts that run in several virtual environments, so it needs nothing but the standard library (and torch
 where it profiles). Linux only.
@@ -15,6 +15,8 @@ RESULT = "RESULT "
 """Begins the lines of a side's stdout that hold its results, among whatever else it prints."""
 STEP, PROFILE = "step", "profile"
 """What the benchmark asks for: a step, or a step under the profiler."""
+DECODE, PREFILL = "decode", "prefill"
+"""What the decoding benchmark asks for, each followed by how many tokens."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3)."""
 

@@ -7,10 +7,8 @@ import random
 import time
 from collections.abc import Callable
 
-from steps import asked, memory_mb, say
+from steps import DECODE, PREFILL, asked, memory_mb, say
 
-DECODE, PREFILL = "decode", "prefill"
-"""What the benchmark asks for, each followed by how many tokens."""
 PROMPT = 128
 """Tokens that are read before decoding is timed."""
 
