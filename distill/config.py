@@ -1251,6 +1251,8 @@ class ExportConfig(Section):
     """Schemes of `int4` and `q4f16`."""
     golden_prompts: int = Field(default=4, ge=0)
     """Prompts kept in the artifact with their expected tokens, for `distill verify`."""
+    gguf: Literal["f16", "bf16", "q8_0"] | None = None
+    """Also a GGUF of this type for llama.cpp, made by its own converter where that is on this machine."""
     runtimes: list[Runtime] = ["genai", "node", "browser", "optimum"]
     """Libraries that are asked the same questions as torch was; the gates of those that are not here are not run."""
     runtime_prompts: int = Field(default=4, gt=0)

@@ -27,6 +27,7 @@ from .attempts import Climbing, Tried, climb, read_tried, rungs_of
 from .bom import write_bom
 from .card import card, first_messages
 from .gates import accuracy_gate, gain_gate, loader_gate, not_passed, refuse_failures
+from .gguf import gguf_gates
 from .graph import refuse_unsupported, weight_bytes
 from .manifest import (
     BOM_FILE,
@@ -88,7 +89,11 @@ def run(recipe: Recipe, step: Step, options: RunOptions) -> None:
         gates = [gate for variant in export.variants for gate in tried[variant][-1].gates]
         write_loader_files(artifact)
         golden, loader_gates = golden_prompts(export, artifact, texts, options)
-        gates += loader_gates + other_runtimes(export, run, TorchStudent(checkpoint), texts)
+        student = TorchStudent(checkpoint)
+        gates += loader_gates + other_runtimes(export, run, student, texts)
+        if export.gguf:
+            note = run.path(f"gguf-{export.gguf}.json")
+            gates += gguf_gates(checkpoint, export.gguf, artifact, note, student, texts, export.gates)
         write_json(run.path("gates.json"), {"gates": [gate.model_dump(mode="json") for gate in gates]})
         package(recipe, step, run, gates, golden, tried)
         refuse_failures(gates, options.require)

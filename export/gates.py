@@ -116,6 +116,21 @@ def accuracy_gate(variant: str, drop: Interval | None, limit: float, why_not: st
     )
 
 
+def gguf_gate(kind: str, parity: Parity | None, limits: Gates, why_not: str = "") -> GateEntry:
+    """The GGUF, read back with transformers, is the student: no more is lost than by graphs of as many bits."""
+    limit = limits.of("max_kl", "int8" if kind == "q8_0" else "fp16")
+    if parity is None:
+        return GateEntry(name=f"gguf_{kind}_mean_kl", status="not_run", limit=limit, detail=why_not)
+    return GateEntry(
+        name=f"gguf_{kind}_mean_kl",
+        status=_status(parity.mean_kl <= limit),
+        value=parity.mean_kl,
+        limit=limit,
+        unit="nats/token",
+        detail=f"read back with transformers; top-1 {parity.top1_agreement:.2%} of {parity.positions}",
+    )
+
+
 def gain_gate(variant: str, gain: Interval | None, kept: Interval | None, limit: float, why_not: str = "") -> GateEntry:
     """How much of what distillation gave survived; not gated where the gain itself is not sure to be one."""
     entry = GateEntry(name="gain_retained", variant=variant, status="not_run", limit=limit, detail=why_not)

@@ -366,7 +366,7 @@ def _run(command: Sequence[str], request: Mapping[str, Any], timeout_s: float) -
     except subprocess.TimeoutExpired as error:
         raise BrokenError(f"{command[0]}: no answer within {timeout_s:.0f} s") from error
     if done.returncode != 0:
-        raise BrokenError(f"{Path(command[0]).name}: {_last_words(done.stderr)}")
+        raise BrokenError(f"{Path(command[0]).name}: {last_words(done.stderr)}")
     return _answers(json.loads(done.stdout))
 
 
@@ -374,7 +374,7 @@ def _answers(answer: Mapping[str, Any]) -> tuple[str, list[Answer]]:
     return answer["version"], [Answer(**one) for one in answer["answers"]]
 
 
-def _last_words(text: str) -> str:
+def last_words(text: str) -> str:
     """The line that says what went wrong: the last that names an error."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return next((line for line in reversed(lines) if "Error" in line or "error" in line), (lines or ["no word"])[-1])[
