@@ -119,7 +119,7 @@ class ReasoningSplitter:
 
 
 class StopFinder:
-    """Cuts a text before the first of its stop sequences, wherever the portions end."""
+    """Cuts a text before the stop sequence that is complete first (the longest of several), whatever the portions."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
@@ -131,10 +131,12 @@ class StopFinder:
         if self.found:
             return ""
         text = self._held + text
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        self.found = bool(places)
-        length = min(places) if places else len(text) - max((overlap(text, stop) for stop in self._stops), default=0)
-        self._held = "" if places else text[length:]
+        spans = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if spans:
+            self.found, self._held = True, ""
+            return text[: min(spans)[1]]
+        length = len(text) - max((overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[length:]
         return text[:length]
 
     def end(self) -> str:

@@ -110,15 +110,17 @@ def test_what_only_looks_like_a_marker_is_text() -> None:
     stops=st.lists(st.text(alphabet="ab🙂\n", min_size=1, max_size=4), max_size=3),
     cuts=st.lists(st.integers(0, 99)),
 )
-def test_a_text_ends_before_its_first_stop_sequence_whatever_the_portions(
+def test_a_text_ends_before_the_stop_sequence_that_is_complete_first_whatever_the_portions(
     text: str, stops: list[str], cuts: list[int]
 ) -> None:
     finder = StopFinder(stops)
     found = "".join(finder.push(part) for part in portions(text, cuts))
     found += finder.end()
-    places = [text.find(stop) for stop in stops if stop in text]
-    assert finder.found == bool(places)
-    assert found == (text[: min(places)] if places else text)
+    ends = (end for end in range(len(text) + 1) if any(text[:end].endswith(stop) for stop in stops))
+    first = text[: next(ends, None)]
+    assert finder.found == any(stop in text for stop in stops)
+    longest = max((len(stop) for stop in stops if first.endswith(stop)), default=0)
+    assert found == (first[: len(first) - longest] if finder.found else text)
 
 
 def test_nothing_is_given_out_that_a_stop_sequence_could_take_back() -> None:
