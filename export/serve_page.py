@@ -150,9 +150,9 @@ def _hash(text: str) -> str:
 
 PAGE_HEADERS = {
     "Content-Security-Policy": (
-        f"default-src 'none'; script-src '{_hash(SCRIPT)}'; style-src '{_hash(STYLE)}'; connect-src 'self'; img-src data:;"
-        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script';"
-        " trusted-types 'none'"
+        f"default-src 'none'; script-src '{_hash(SCRIPT)}'; style-src '{_hash(STYLE)}'; connect-src 'self';"
+        " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
+        " require-trusted-types-for 'script'; trusted-types 'none'"
     ),
     "Referrer-Policy": "no-referrer",
 }
@@ -160,7 +160,8 @@ PAGE_HEADERS = {
 PAGE = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>distill chat</title><link rel="icon" href="data:,"><style>{STYLE}</style></head>
-<body><header><h1 id="name">…</h1><label>Key <input id="key" class="secret" autocomplete="off" spellcheck="false" size="12"></label>
+<body><header><h1 id="name">…</h1><label>Key
+<input id="key" class="secret" autocomplete="off" spellcheck="false" size="12"></label>
 <button id="new" type="button">New chat</button></header>
 <main id="chat" aria-live="polite"></main><div id="end"></div>
 <form id="form"><textarea id="text" aria-label="Message" autofocus placeholder="Message"></textarea>
