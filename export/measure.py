@@ -3,7 +3,7 @@
 Everything runs on the CPU provider; what needs another device is a gate that was not run.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,19 +109,18 @@ def compare_texts(decoder: OnnxDecoder, student: TorchStudent, texts: Sequence[T
 
 
 def compare_steps(decoder: OnnxDecoder, student: TorchStudent, texts: Sequence[Text], steps: int) -> Parity:
-    """Compare the last `steps` positions of a few texts, their tokens fed one by one through the variant's cache."""
-    chosen = sorted(texts, key=lambda text: -len(text.ids))[:DECODED_TEXTS]
-    starts = [max(1, len(text.ids) - steps) for text in chosen]
+    """Compare the last `steps` compared positions of a few texts, their tokens fed one by one through the cache."""
+    chosen = sorted(texts, key=lambda text: -len(text.compared))[:DECODED_TEXTS]
+    rows = [range(max(text.compared.start, text.compared.stop - steps), text.compared.stop) for text in chosen]
     return compare_logits(
-        (student.logits(text.ids)[start - 1 :] for text, start in zip(chosen, starts, strict=True)),
-        (_cached(decoder, chosen, starts)),
-        (text.ids[start:] for text, start in zip(chosen, starts, strict=True)),
+        (student.logits(text.ids)[row.start : row.stop] for text, row in zip(chosen, rows, strict=True)),
+        # the first of them is predicted by the prefill, the others by steps
+        (
+            decoder.cached_decode_logits(text.ids[: row.stop], row.start + 1)[row.start :]
+            for text, row in zip(chosen, rows, strict=True)
+        ),
+        (text.ids[row.start + 1 : row.stop + 1] for text, row in zip(chosen, rows, strict=True)),
     )
-
-
-def _cached(decoder: OnnxDecoder, texts: Sequence[Text], starts: Sequence[int]) -> Iterator[Logits]:
-    for text, start in zip(texts, starts, strict=True):
-        yield decoder.cached_decode_logits(text.ids, start)[start - 1 :]
 
 
 def compare_decoding(decoder: OnnxDecoder, student: TorchStudent, prompts: Sequence[list[int]], limits: Gates) -> Any:
