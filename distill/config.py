@@ -1253,6 +1253,8 @@ class ExportConfig(Section):
     """Prompts kept in the artifact with their expected tokens, for `distill verify`."""
     gguf: Literal["f16", "bf16", "q8_0"] | None = None
     """Also a GGUF of this type for llama.cpp, made by its own converter where that is on this machine."""
+    bench: bool = unhashed(False)
+    """Whether `distill bench` runs for every variant, to stand in the manifest and on the card."""
     runtimes: list[Runtime] = ["genai", "node", "browser", "optimum"]
     """Libraries that are asked the same questions as torch was; the gates of those that are not here are not run."""
     runtime_prompts: int = Field(default=4, gt=0)

@@ -65,7 +65,7 @@ class Climbing(NamedTuple):
 
 
 def climb(checkpoint: Path, config: Any, variant: str, export: ExportConfig, run: OpenRun, how: Climbing) -> None:
-    """Put a variant into the run's artifact, with `build-`, `gates-` and `attempts-VARIANT.json` and `eval-VARIANT/`.
+    """Put a variant into the run's artifact, with `build-`, `parity-` and `attempts-VARIANT.json` and `eval-VARIANT/`.
 
     Resumes with the attempts that are finished. Raises ExportError if no scheme fits the variant's size budget.
     """

@@ -24,6 +24,7 @@ from distill.records import write_json
 from distill.runs import LIBRARIES, PARTIAL, OpenRun, RunOptions, SealedRun, Step, library_versions, open_run
 
 from .attempts import Climbing, Tried, climb, read_tried, rungs_of
+from .bench import bench
 from .bom import write_bom
 from .card import card, first_messages
 from .gates import accuracy_gate, gain_gate, loader_gate, not_passed, refuse_failures
@@ -44,7 +45,7 @@ from .measure import Measured, TorchStudent, cases, measure
 from .origins import ancestry_of_export, evaluated, licence_reading, origins
 from .package import write_loader_files
 from .quantize import Rounded, gptq
-from .runtimes import runtime_gates
+from .runtimes import Case, end_token_gate, runtime_gates
 from .schemes import Scheme
 from .texts import Texts, calibration_texts, comparison_texts, held_out
 
@@ -81,7 +82,8 @@ def run(recipe: Recipe, step: Step, options: RunOptions) -> None:
         artifact.mkdir(exist_ok=True)
         remove_unfinished(artifact)
         texts = comparison_texts(recipe, export, step, checkpoint, run)
-        climbing = climbing_of(recipe, step, run, checkpoint, texts)
+        student = TorchStudent(checkpoint)
+        climbing = climbing_of(recipe, step, run, student, texts)
         config = load_config(find_model(str(checkpoint)))
         for variant in export.variants:
             climb(checkpoint, config, variant, export, run, climbing)
@@ -89,8 +91,7 @@ def run(recipe: Recipe, step: Step, options: RunOptions) -> None:
         gates = [gate for variant in export.variants for gate in tried[variant][-1].gates]
         write_loader_files(artifact)
         golden, loader_gates = golden_prompts(export, artifact, texts, options)
-        student = TorchStudent(checkpoint)
-        gates += loader_gates + other_runtimes(export, run, student, texts)
+        gates += [*loader_gates, end_token_gate(artifact), *other_runtimes(export, run, student, texts)]
         if export.gguf:
             note = run.path(f"gguf-{export.gguf}.json")
             gates += gguf_gates(checkpoint, export.gguf, artifact, note, student, texts, export.gates)
@@ -100,25 +101,27 @@ def run(recipe: Recipe, step: Step, options: RunOptions) -> None:
 
 
 def other_runtimes(export: ExportConfig, run: OpenRun, student: TorchStudent, texts: Texts) -> list[GateEntry]:
-    """Gates of each runtime for each variant; kept as they are made."""
-    if not export.runtimes:
-        return []
-    questions = cases(student, texts, export.runtime_prompts)
+    """Gates of each runtime for each variant; kept once all were measured, since what is missing may be added."""
     found: list[GateEntry] = []
-    for variant in export.variants:
+    questions: list[Case] = []
+    for variant in export.variants if export.runtimes else ():
         note = run.path(f"runtimes-{variant}.json")
-        if not note.exists():
-            limit, threads = export.gates.of("min_top1", variant), run.options.cpu_threads
-            artifact, names = run.path("artifact"), export.runtimes
-            gates = runtime_gates(artifact, variant, questions, limit, runtimes=names, threads=threads)
+        if note.exists():
+            found += [GateEntry.model_validate(gate) for gate in json.loads(note.read_text())["gates"]]
+            continue
+        questions = questions or cases(student, texts, export.runtime_prompts)
+        limit, threads = export.gates.of("min_top1", variant), run.options.cpu_threads
+        artifact, names = run.path("artifact"), export.runtimes
+        gates = runtime_gates(artifact, variant, questions, limit, runtimes=names, threads=threads)
+        if all(gate.value is not None for gate in gates if gate.name.endswith("_prompts")):
             write_json(note, {"gates": [gate.model_dump(mode="json") for gate in gates]})
-        found += [GateEntry.model_validate(gate) for gate in json.loads(note.read_text())["gates"]]
+        found += gates
     return found
 
 
-def climbing_of(recipe: Recipe, step: Step, run: OpenRun, checkpoint: Path, texts: Texts) -> Climbing:
+def climbing_of(recipe: Recipe, step: Step, run: OpenRun, student: TorchStudent, texts: Texts) -> Climbing:
     """How this recipe's attempts are made and judged."""
-    export, student = _export(recipe), TorchStudent(checkpoint)
+    export, checkpoint = _export(recipe), student.checkpoint
 
     def round_weights(scheme: Scheme) -> Iterator[Mapping[str, Rounded]]:
         documents = calibration_texts(checkpoint, step, recipe, export.four_bits.calibration_tokens, run)
@@ -158,7 +161,7 @@ def plain_checkpoint(recipe: Recipe, step: Step, run: OpenRun) -> Path:
 
 def remove_unfinished(artifact: Path) -> None:
     """Remove what a killed attempt left half-written, before the manifest could list it."""
-    for path in artifact.glob(f"*{PARTIAL}"):
+    for path in artifact.rglob(f"*{PARTIAL}"):
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -260,6 +263,7 @@ def package(
         measured={
             "build_seconds": {variant: tried[variant][-1].build_seconds for variant in export.variants},
             "evaluation": {v: {k: s[k] for k in timed if k in s} for v, s in summaries.items()},
+            "bench": {variant: benchmark(variant, run) for variant in export.variants} if export.bench else {},
         },
     )
     for question in draft.licences.questions:
@@ -278,6 +282,14 @@ def package(
 def _attempt(variant: str, one: Tried) -> Attempt:
     """What was tried, without its times."""
     return Attempt(variant=variant, scheme=one.scheme, bytes=one.bytes, gates=one.gates, chosen=one.chosen)
+
+
+def benchmark(variant: str, run: OpenRun) -> dict[str, Any]:
+    """What `distill bench` says of a variant on this machine; kept for a resume."""
+    note = run.path(f"bench-{variant}.json")
+    if not note.exists():
+        write_json(note, bench(run.path("artifact"), variant, run.options.cpu_threads, quiet=run.options.quiet))
+    return dict(json.loads(note.read_text(encoding="utf-8")))
 
 
 def _tally(gates: Sequence[GateEntry]) -> dict[str, int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from distill.config import Gates
 from distill.records import write_json
+from distill.runs import PARTIAL
 
 from .gates import gguf_gate
 from .manifest import GateEntry
@@ -41,7 +42,7 @@ def gguf_file(artifact: Path, kind: str) -> Path:
 def convert(converter: Path, checkpoint: Path, kind: str, target: Path) -> str:
     """Write a checkpoint as a GGUF of a type, complete or not at all; what the converter said if it failed, else ""."""
     target.parent.mkdir(exist_ok=True)
-    part = target.with_name(f"unfinished-{target.name}")
+    part = target.with_name(target.name + PARTIAL)
     command = [sys.executable, str(converter), str(checkpoint), "--outfile", str(part), "--outtype", kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not part.is_file():
@@ -54,16 +55,20 @@ def convert(converter: Path, checkpoint: Path, kind: str, target: Path) -> str:
 def gguf_gates(
     checkpoint: Path, kind: str, artifact: Path, note: Path, student: TorchStudent, texts: Texts, limits: Gates
 ) -> list[GateEntry]:
-    """Convert and compare, once: the gate is kept in `note`. Not run where there is no converter."""
+    """Convert and compare. What was compared is kept in `note`; without a converter the gate is not run, and one that
+    failed may work next time.
+    """
+    if note.exists():
+        return [GateEntry.model_validate_json(note.read_text(encoding="utf-8"))]
+    shutil.rmtree(gguf_file(artifact, kind).parent, ignore_errors=True)  # nothing ships that was not compared
     converter = find_converter()
     if converter is None:
         return [gguf_gate(kind, None, limits, f"llama.cpp's {CONVERTER} was neither on the PATH nor in {HOME}")]
-    if not note.exists():
-        words = convert(converter, checkpoint, kind, gguf_file(artifact, kind))
-        gate = _compared(kind, artifact, student, texts, limits) if not words else gguf_gate(kind, None, limits, words)
-        failed = gate.model_copy(update={"status": "failed"}) if words else gate
-        write_json(note, failed.model_dump(mode="json"))
-    return [GateEntry.model_validate_json(note.read_text(encoding="utf-8"))]
+    if words := convert(converter, checkpoint, kind, gguf_file(artifact, kind)):
+        return [gguf_gate(kind, None, limits, words).model_copy(update={"status": "failed"})]
+    gate = _compared(kind, artifact, student, texts, limits)
+    write_json(note, gate.model_dump(mode="json"))
+    return [gate]
 
 
 def _compared(kind: str, artifact: Path, student: TorchStudent, texts: Texts, limits: Gates) -> GateEntry:

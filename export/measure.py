@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from distill.artifact import locate
 from distill.config import Gates
-from distill.models import ModelSource, load_model
+from distill.models import find_model, load_model
 from distill.onnx_decoding import OnnxDecoder
 from distill.progress import say
 
@@ -40,12 +40,12 @@ class TorchStudent:
     """The torch student's teacher-forced logits in fp32; loaded when they are first asked for."""
 
     def __init__(self, checkpoint: Path) -> None:
-        self.source = ModelSource(str(checkpoint), checkpoint)
+        self.checkpoint = checkpoint
 
     @cached_property
     def model(self) -> Any:
         """The loaded model."""
-        return load_model(self.source)
+        return load_model(find_model(str(self.checkpoint)))
 
     def logits(self, ids: Sequence[int]) -> Logits:
         """Logits after each of the ids; float32 [len(ids), vocabulary]."""

@@ -14,6 +14,7 @@ The builder writes for onnxruntime-genai alone. What the others need, found by r
 Nothing here loads torch or transformers, and no weight is rewritten.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 from distill.artifact import GENAI_CONFIG, VARIANT_FILES, data_file, variants_in
 from distill.errors import ArtifactError
 from distill.records import write_json
+from distill.runs import PARTIAL
 from distill.untrusted import LARGEST_TOKENIZER, read_json
 
 CONFIG = "config.json"
@@ -66,7 +68,11 @@ def fix_graph(path: Path, head_size: int) -> None:
     model = onnx_ir.load(path)
     fix_cache_shapes(model.graph, head_size)
     write_out_embedding(model.graph)
-    path.write_bytes(onnx_ir.to_proto(model).SerializeToString(deterministic=True))
+    content = onnx_ir.to_proto(model).SerializeToString(deterministic=True)
+    if content != path.read_bytes():
+        part = path.with_name(path.name + PARTIAL)
+        part.write_bytes(content)
+        os.replace(part, path)
 
 
 def fix_cache_shapes(graph: Any, head_size: int) -> None:

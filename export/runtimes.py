@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -137,7 +138,7 @@ def runtime_gates(
         except NotHereError as error:
             gates += [gate(name=f"{name}_{what}", status="not_run", detail=str(error)) for what in MEASURES]
         except (BrokenError, EngineError) as error:
-            words = str(error).replace(str(artifact.resolve()), ".").replace(str(artifact), ".")
+            words = _without_folders(str(error), artifact)
             gates += [gate(name=f"{name}_{what}", status="failed", detail=words) for what in MEASURES]
         else:
             gates += [
@@ -149,6 +150,14 @@ def runtime_gates(
 
 
 # --- gates ------------------------------------------------------------------------------------------------------------
+
+
+def _without_folders(words: str, artifact: Path) -> str:
+    """A runtime's last words less the folders of this machine, which are none of an artifact's business."""
+    for folder, name in ((artifact.resolve(), "."), (artifact, "."), (Path.home(), "~"), (Path.cwd(), ".")):
+        words = words.replace(str(folder), name)
+    return words
+
 
 MEASURES = ("prompts", "top1", "stops")
 
@@ -364,7 +373,7 @@ def _run(command: Sequence[str], request: Mapping[str, Any], timeout_s: float) -
             command, input=text, capture_output=True, text=True, timeout=timeout_s, env=os.environ | quiet, check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise BrokenError(f"{command[0]}: no answer within {timeout_s:.0f} s") from error
+        raise BrokenError(f"{Path(command[0]).name}: no answer within {timeout_s:.0f} s") from error
     if done.returncode != 0:
         raise BrokenError(f"{Path(command[0]).name}: {last_words(done.stderr)}")
     return _answers(json.loads(done.stdout))
@@ -402,9 +411,7 @@ def ask_browser(question: Question) -> tuple[str, list[Answer]]:
         command = [chromium, *SWITCHES, f"--user-data-dir={profile}", address]
         browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            answer = json.loads(answers.get(timeout=question.timeout_s))
-        except Empty as error:
-            raise BrokenError(f"the page gave no answer within {question.timeout_s:.0f} s") from error
+            answer = json.loads(_awaited(answers, browser, question.timeout_s))
         finally:
             browser.terminate()
             browser.wait()
@@ -412,6 +419,18 @@ def ask_browser(question: Question) -> tuple[str, list[Answer]]:
     if "error" in answer:
         raise BrokenError(f"the page failed: {answer['error'].splitlines()[0][:500]}")
     return _answers(answer)
+
+
+def _awaited(answers: "Queue[bytes]", browser: "subprocess.Popen[bytes]", timeout_s: float) -> bytes:
+    """The page's answer; raises BrokenError where none comes, at once if the browser has ended."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            return answers.get(timeout=1)
+        except Empty:
+            if browser.poll() is not None and answers.empty():
+                raise BrokenError(f"the browser ended with exit {browser.returncode} and no answer") from None
+    raise BrokenError(f"the page gave no answer within {timeout_s:.0f} s")
 
 
 class _Page(SimpleHTTPRequestHandler):

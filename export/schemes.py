@@ -195,6 +195,8 @@ def ladder(
     if first.quantized:
         eight = replace(VARIANTS["int8"], half=first.half)
         smaller = [rung for rung in _four_bits(first, config) if _wanted(rung, method, head_bits)]
+        if first.body_bits == 4 and not smaller:
+            smaller = [_asked(first, method or first.method, head_bits or first.head_bits)]
         rungs = [*smaller, eight, replace(eight, accuracy_level=0)]
     if max_bytes is None:
         return rungs
@@ -242,6 +244,16 @@ def most_sensitive(layers: int, count: int) -> tuple[int, ...]:
     return tuple(sorted(order[:count]))
 
 
+def _asked(first: Scheme, method: Method, head_bits: int) -> Scheme:
+    """The scheme that a recipe asks for and no rung has; raises ExportError where the builder cannot make it."""
+    if first.symmetric and method != "rtn":
+        raise ExportError(
+            f"export.four_bits.method {method}: this model has rows with an odd number of blocks of {first.block_size},"
+            " whose zero points the builder cannot pack; use rtn, or leave it out"
+        )
+    return replace(first, method=method, head_bits=head_bits)
+
+
 def _wanted(rung: Scheme, method: Method | None, head_bits: int | None) -> bool:
     return method in (None, rung.method) and head_bits in (None, rung.head_bits)
 
@@ -249,7 +261,7 @@ def _wanted(rung: Scheme, method: Method | None, head_bits: int | None) -> bool:
 def _widest(first: Scheme, config: Any, max_bytes: int, rungs: Sequence[Scheme]) -> Scheme | None:
     """The mixture with most layers in 8 bits that the budget allows; None where all rungs fit or none can be mixed."""
     mixed = [rung for rung in rungs if rung.wide_layers]
-    if not mixed:
+    if not mixed or all(predicted_bytes(config, rung).total <= max_bytes for rung in rungs):
         return None
     for count in range(config.num_hidden_layers - 1, 0, -1):
         scheme = replace(mixed[0], wide_layers=most_sensitive(config.num_hidden_layers, count))

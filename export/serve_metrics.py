@@ -91,7 +91,12 @@ class Metrics:
         put("connections", "gauge", "Open connections.", [f"connections {connections}"])
         put("connections_refused_total", "counter", "Beyond the limit.", [f"connections_refused_total {refused}"])
         rate = f"tokens_per_second {self.rate.per_second:.3f}"
-        put("tokens_per_second", "gauge", f"New tokens a second, last {RATE_WINDOW_S:.0f} s.", [rate])
+        put(
+            "tokens_per_second",
+            "gauge",
+            f"New tokens a second of answers that ended in the last {RATE_WINDOW_S:.0f} s.",
+            [rate],
+        )
         put("ttft_seconds", "histogram", "Seconds to the first token.", self.ttft.lines("ttft_seconds"))
         put("request_seconds", "histogram", "Seconds to the last token.", self.latency.lines("request_seconds"))
         return "\n".join(lines) + "\n"

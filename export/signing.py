@@ -39,6 +39,7 @@ def sign_artifact(folder: Path, key: Path | None = None) -> Path:
             f"{named}: is no private key that can sign; give an unencrypted PEM of curve P-256, P-384 or P-521, such"
             " as `openssl ecparam -name prime256v1 -genkey -noout -out KEY.pem` writes"
         ) from None
+    folder = folder.resolve()
     part = folder.with_name(f".{folder.name}.{SIGNATURE_FILE}.part")  # beside the folder, or it would sign itself
     try:
         signer.set_hashing_config(_hashing()).sign(folder, part)

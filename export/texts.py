@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 from distill.config import ExportConfig, Recipe
 from distill.engines.transformers import generate_ids
+from distill.errors import ExportError
 from distill.evaluation import read_items, set_prompts
 from distill.format import encode_document, encode_prompt, render_prompt, with_system
 from distill.models import ModelSource, load_model, load_tokenizer
-from distill.progress import progress
+from distill.progress import progress, say
 from distill.records import Example, Message, Prompt, read_records, write_json
 from distill.runs import OpenRun, RunOptions, Step
 
@@ -99,8 +100,25 @@ def comparison_texts(recipe: Recipe, export: ExportConfig, step: Step, checkpoin
     else:
         asked = [_asked(tokenizer, prompt, recipe) for prompt in held_out(recipe, export, step)]
         pairs = written_texts(checkpoint, [one.ids for one in asked], wanted, run)
-    texts = [text_of(prompt, answer) for prompt, answer in pairs if len(prompt) < DOCUMENT_TOKENS]
+    texts = comparable(pairs)
     return Texts(list(until(texts, wanted)), asked)
+
+
+def comparable(pairs: Sequence[Sequence[list[int]]]) -> list[Text]:
+    """The texts of prompts that leave room for an answer; those without an answer only where none has one.
+
+    Says how many are left out; raises ExportError if nothing is left.
+    """
+    short = [(prompt, answer) for prompt, answer in pairs if len(prompt) < DOCUMENT_TOKENS]
+    kept = [pair for pair in short if pair[1]] or short
+    if not kept:
+        raise ExportError(
+            f"every held-out prompt has {DOCUMENT_TOKENS:,} tokens or more, so no answer can be compared; add shorter"
+            " ones to the set of export.set"
+        )
+    if left_out := len(pairs) - len(kept):
+        say(f"export: {left_out} of {len(pairs)} held-out texts are not compared: too long, or without an answer")
+    return [text_of(prompt, answer) for prompt, answer in kept]
 
 
 def held_out(recipe: Recipe, export: ExportConfig, step: Step) -> list[Prompt]:

@@ -28,7 +28,6 @@ COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "=": lambda value, limit: value == limit,
 }
 CONDITION = re.compile(r"^\s*([A-Za-z_][\w:.-]*?)\s*(>=|<=|==|>|<|=)\s*([-+.\deE]+)\s*$")
-CARD = "README.md"
 SHIPPED = "shipped"
 """Folder of the run store for what was shipped, unless another place is given."""
 
@@ -163,8 +162,7 @@ def ship(record: Record, choice: Choice, out: Path | None = None) -> Path:
     with storage_errors(f"cannot write {folder}"):
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(export.folder / "artifact", part / "artifact")
-        if (part / "artifact" / CARD).is_file():  # a hub shows the one on top
-            shutil.copyfile(part / "artifact" / CARD, part / CARD)
+        (part / "README.md").write_text(_signpost(record, choice), encoding="utf-8")
         (part / "lineage").mkdir()
         for run in pipeline.stages.values():
             shutil.copyfile(run.folder / STAGE_FILE, part / "lineage" / f"{run.label.replace(':', '-')}.json")
@@ -172,6 +170,14 @@ def ship(record: Record, choice: Choice, out: Path | None = None) -> Path:
         write_json(part / "choice.json", choice_json(record, choice))
         part.rename(folder)
     return folder
+
+
+def _signpost(record: Record, choice: Choice) -> str:
+    return (
+        f"# Trial {choice.number} of {record.name}\n\n`artifact/` is what ships: give that folder to a runtime, a hub"
+        " or `distill verify`. `lineage/` holds a record of every stage it was made by, `recipe.json` the whole recipe,"
+        " `choice.json` why it was chosen.\n"
+    )
 
 
 def choice_json(record: Record, choice: Choice) -> dict[str, Any]:
@@ -185,5 +191,9 @@ def choice_json(record: Record, choice: Choice) -> dict[str, Any]:
 
 
 def push(folder: Path, repo: str, private: bool = False) -> str:
-    """Upload a shipped folder to `USER/NAME` of the hub; returns its address. Raises DataError if the hub refuses."""
-    return hub.upload(folder, repo, "model", f"distill sweep ship {folder.name}", ["artifact/*", "lineage/*"], private)
+    """Upload what ships to `USER/NAME` of the hub; returns its address. Raises DataError if the hub refuses.
+
+    The artifact becomes the repository's root, where runtimes look for it; its manifest names what it was made from.
+    """
+    replaced = ["onnx/*", "gguf/*"]
+    return hub.upload(folder / "artifact", repo, "model", f"distill sweep ship {folder.name}", replaced, private)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from distill.artifact import VARIANT_FILES, variants_in
+from distill.artifact import VARIANT_FILES, data_file, variants_in
 from distill.config import ExportConfig
 from distill.export.attempts import Climbing, climb, read_tried
 from distill.export.manifest import GateEntry
@@ -136,6 +136,11 @@ def test_a_kill_costs_no_finished_attempt(run: OpenRun, go: Callable[..., None])
 def test_an_adoption_cut_short_is_finished(run: OpenRun, go: Callable[..., None]) -> None:
     judge = Judge(passing=1)
     go(judge)
-    run.path("attempts-int4.json").unlink()  # as if killed before it was written
+    run.path("attempts-int4.json").unlink()  # as if killed before it was written, with half of the files moved
+    (run.work / "int4-0" / "artifact" / "onnx").mkdir(exist_ok=True)
+    data = data_file(run.path("artifact") / VARIANT_FILES["int4"])
+    data.rename(run.work / "int4-0" / "artifact" / "onnx" / data.name)
+    run.path("eval-int4").rename(run.work / "int4-0" / "eval")
     go(judge)
+    assert data.exists() and run.path("eval-int4/items.jsonl").exists()
     assert schemes(run) == [("int4 k-quant", True)] and judge.judged == 1

@@ -52,7 +52,13 @@ class Terminal:
         while text not in self.shown:
             assert time.monotonic() < patience, self.shown
             if select.select([self._end], [], [], 0.1)[0]:
-                self.shown += os.read(self._end, 65536)
+                self.shown += self._read()
+
+    def _read(self) -> bytes:
+        try:
+            return os.read(self._end, 65536)
+        except OSError:  # the program has ended and its terminal is gone
+            return b""
 
     def type(self, text: bytes) -> None:
         self.shown = b""
@@ -65,8 +71,10 @@ class Terminal:
             if time.monotonic() > patience:
                 os.kill(self.pid, signal.SIGKILL)
                 raise AssertionError(f"it did not end: {self.shown!r}")
-            os.write(self._end, pressing)
-            time.sleep(0.3)
+            if b"SIGINT" not in self.shown:  # once it has been noticed, another would meet a program that is ending
+                os.write(self._end, pressing)
+            if select.select([self._end], [], [], 0.3)[0]:
+                self.shown += self._read()
         os.close(self._end)
         return os.waitstatus_to_exitcode(ended[1])
 

@@ -38,10 +38,22 @@ def test_a_converter_that_fails_says_why_and_leaves_no_file(
     converter_in(tmp_path / "llama.cpp", "out.write_bytes(b'GG')\nsys.exit('no such architecture')")
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "llama.cpp"))
     note = tmp_path / "note"
-    for _ in range(2):  # the second time from what was kept
-        gates = gguf_gates(student(), "q8_0", tmp_path, note, TorchStudent(student()), TEXTS, Gates())
-        assert [gate.status for gate in gates] == ["failed"] and "no such architecture" in gates[0].detail
-    assert json.loads(note.read_text())["status"] == "failed" and not list((tmp_path / "gguf").iterdir())
+    gates = gguf_gates(student(), "q8_0", tmp_path, note, TorchStudent(student()), TEXTS, Gates())
+    assert [gate.status for gate in gates] == ["failed"] and "no such architecture" in gates[0].detail
+    # what failed is not kept: a converter that is mended is asked again
+    assert not note.exists() and not list((tmp_path / "gguf").iterdir())
+
+
+def test_nothing_ships_that_was_not_compared(
+    student: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A conversion that was killed, and then no converter any more."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    gguf_file(tmp_path, "q8_0").parent.mkdir()
+    gguf_file(tmp_path, "q8_0").write_bytes(b"GGUF")
+    gates = gguf_gates(student(), "q8_0", tmp_path, tmp_path / "note", TorchStudent(student()), TEXTS, Gates())
+    assert gates[0].status == "not_run" and not gguf_file(tmp_path, "q8_0").exists()
 
 
 def test_a_converter_that_succeeds_is_given_the_checkpoint_and_the_type(

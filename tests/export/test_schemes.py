@@ -51,6 +51,14 @@ def test_a_recipe_can_keep_one_method_or_one_head(config: Any) -> None:
     assert [rung.head_bits for rung in ladder("int4", config, head_bits=4)] == [4, 8, 8]
 
 
+def test_what_a_recipe_asks_for_is_tried_even_where_no_rung_has_it(config: Any) -> None:
+    assert str(ladder("int4", config, method="rtn")[0]) == "int4 rtn"
+    assert str(ladder("int4", config, method="gptq", head_bits=4)[0]) == "int4 gptq"
+    config.hidden_size = 96
+    with pytest.raises(ExportError, match=r"four_bits.method gptq: .* odd number of blocks of 32.*; use rtn"):
+        ladder("int4", config, method="gptq")
+
+
 def test_a_budget_is_filled_with_as_many_wide_layers_as_fit(config: Any) -> None:
     half = next(rung for rung in ladder("int4", config) if rung.wide_layers)
     budget = predicted_bytes(config, half).total - 1
@@ -58,8 +66,8 @@ def test_a_budget_is_filled_with_as_many_wide_layers_as_fit(config: Any) -> None
     assert len(last.wide_layers) == 5 and predicted_bytes(config, last).total <= budget
     # one more layer would not fit: the budget is solved, not guessed
     assert all(predicted_bytes(config, rung).total <= budget for rung in ladder("int4", config, budget))
-    roomy = ladder("int4", config, predicted_bytes(config, VARIANTS["int8"]).total)
-    assert str(roomy[-2]) == "int8 rtn" and len(roomy[-3].wide_layers) == 11
+    # a budget that excludes nothing changes nothing
+    assert ladder("int4", config, 10**9) == ladder("int4", config)
 
 
 def test_a_budget_that_nothing_fits_says_what_would(config: Any) -> None:

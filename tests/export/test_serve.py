@@ -404,8 +404,7 @@ def test_a_full_queue_says_when_to_come_again(serving: Callable[..., Served]) ->
         status, headers, body = served.ask(data=asked(served))
         assert status == 429 and 1 <= int(headers["Retry-After"]) <= 60
         assert json.loads(body)["error"]["type"] == "rate_limit_error"
-    until(lambda: served.server.answering == 0)
-    assert served.ask(data=asked(served))[0] == 200
+    until(lambda: served.ask(data=asked(served))[0] == 200)  # rows of clients that left come free in a moment
 
 
 @contextmanager

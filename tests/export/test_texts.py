@@ -1,6 +1,9 @@
 """What variants are compared on: the student's own answers where it has any, and never what GPTQ is calibrated on."""
 
-from distill.export.texts import DOCUMENT_TOKENS, text_of, until
+import pytest
+
+from distill.errors import ExportError
+from distill.export.texts import DOCUMENT_TOKENS, comparable, text_of, until
 
 
 def test_only_the_positions_that_predict_an_answer_are_compared() -> None:
@@ -25,3 +28,13 @@ def test_a_long_answer_is_cut_and_still_compared_up_to_the_cut() -> None:
 def test_texts_are_taken_until_there_are_enough_positions() -> None:
     texts = [text_of([1, 2], [3] * 10) for _ in range(5)]
     assert len(list(until(texts, 25))) == 3 and len(list(until(texts, 1000))) == 5
+
+
+def test_what_cannot_be_compared_is_left_out_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    long, short = [1] * DOCUMENT_TOKENS, [1, 2]
+    found = comparable([(long, [3]), (short, []), (short, [3, 4])])
+    assert [text.following for text in found] == [[3, 4]]
+    assert "2 of 3 held-out texts are not compared" in capsys.readouterr().err
+    assert [len(text.compared) for text in comparable([(short, []), (short, [])])] == [2, 2]
+    with pytest.raises(ExportError, match=r"every held-out prompt has 1,024 tokens or more"):
+        comparable([(long, [3])])
