@@ -26,7 +26,7 @@ from .manifest import GateEntry
 from .measure import Measured
 from .package import write_loader_files
 from .quantize import Rounded
-from .schemes import Scheme, ladder
+from .schemes import Method, Scheme, ladder
 
 
 class Tried(BaseModel):
@@ -74,14 +74,19 @@ def climb(checkpoint: Path, config: Any, variant: str, export: ExportConfig, run
         return
     rungs = rungs_of(variant, config, export)
     attempts: list[Tried] = []
+    hopeless: set[Method] = set()
     for place, scheme in enumerate(rungs):
-        folder = run.work / f"{variant}-{place}"
         last = place == len(rungs) - 1
+        if scheme.body_bits == 4 and scheme.method in hopeless and not last:
+            continue  # a better head does not save a body that loses many times too much
+        folder = run.work / f"{variant}-{place}"
         attempts.append(attempt(checkpoint, variant, scheme, folder, how, last))
         if not attempts[-1].missed or last:
             adopt(folder, variant, run)
             break
-        say(f"export: {variant}: {scheme} misses {attempts[-1].missed}; trying {rungs[place + 1]}")
+        if json.loads((folder / "parity.json").read_text())["hopeless"]:
+            hopeless.add(scheme.method)
+        say(f"export: {variant}: {scheme} misses {attempts[-1].missed}; trying the next better one")
     chosen = [one.model_copy(update={"chosen": one is attempts[-1]}) for one in attempts]
     write_json(note, {"attempts": [one.model_dump(mode="json") for one in chosen]})
 

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill.config import ExportConfig, Recipe
-from distill.engines.transformers import generate_ids
 from distill.errors import ExportError
 from distill.evaluation import read_items, set_prompts
 from distill.format import encode_document, encode_prompt, render_prompt, with_system
-from distill.models import ModelSource, load_model, load_tokenizer
+from distill.models import ModelSource, load_tokenizer
+from distill.onnx_decoding import OnnxDecoder
 from distill.progress import progress, say
 from distill.records import Example, Message, Prompt, read_records, write_json
 from distill.runs import OpenRun, RunOptions, Step
+
+from .graph import build_variant
 
 PROBES = (
     "What is the capital of France?",
@@ -48,6 +50,8 @@ TEMPERATURE = 0.6
 WRITTEN_TOKENS = 256
 """Longest answer that the student writes itself for a comparison."""
 AT_ONCE = 64
+CALIBRATION_SEED = 1_000_000
+"""Far from the seeds of what is compared."""
 
 
 class Text(NamedTuple):
@@ -150,7 +154,7 @@ def written_texts(checkpoint: Path, prompts: Sequence[list[int]], tokens: int, r
     """Pairs of a prompt and the torch student's answer to it, until there are `tokens`; kept for a resume."""
     path = run.work / "written.json"
     if not path.exists():
-        write_json(path, {"pairs": list(_enough(sampled(checkpoint, prompts, seed=0), tokens, run.options))})
+        write_json(path, {"pairs": list(_enough(sampled(checkpoint, prompts, 0, run), tokens, run.options))})
     return list(json.loads(path.read_text())["pairs"])
 
 
@@ -166,7 +170,7 @@ def calibration_texts(checkpoint: Path, step: Step, recipe: Recipe, tokens: int,
         return list(_up_to((ids[:DOCUMENT_TOKENS] for ids in documents), tokens))
     probes = [Prompt.of([Message(role="user", content=probe)]) for probe in PROBES]
     prompts = [_asked(tokenizer, probe, recipe).ids for probe in probes]
-    written = _enough(sampled(checkpoint, prompts, seed=1000), tokens, run.options)
+    written = _enough(sampled(checkpoint, prompts, CALIBRATION_SEED, run), tokens, run.options)
     return [[*prompt, *answer] for prompt, answer in written]
 
 
@@ -200,11 +204,20 @@ def _enough(
                 return
 
 
-def sampled(checkpoint: Path, prompts: Sequence[list[int]], seed: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Prompts with answers that the torch student draws, round after round without end."""
-    model = load_model(ModelSource(str(checkpoint), checkpoint))
+def sampled(
+    checkpoint: Path, prompts: Sequence[list[int]], seed: int, run: OpenRun
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Prompts with answers that the student draws, round after round without end.
+
+    The fp32 graph writes them: its distributions are torch's (the gates see to that), and it is several times as fast.
+    """
+    folder = run.work / "writer"
+    if not folder.exists():
+        build_variant(checkpoint, "fp32", folder)
+    decoder = OnnxDecoder(folder, run.options.cpu_threads, max_batch=AT_ONCE)
     rounds = itertools.cycle(prompts)
     for number in itertools.count():
         batch = list(itertools.islice(rounds, AT_ONCE))
-        answers = generate_ids(model, batch, WRITTEN_TOKENS, temperature=TEMPERATURE, seed=seed + number)
+        seeds = [seed + AT_ONCE * number + place for place in range(len(batch))]
+        answers = decoder.generate(batch, WRITTEN_TOKENS, temperature=TEMPERATURE, seed=seeds)
         yield from zip(batch, answers, strict=True)
