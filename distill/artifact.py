@@ -5,8 +5,10 @@ have the names by which transformers.js finds a `dtype`; onnxruntime-genai's set
 by itself, the default variant. `locate` is how everything here that opens an artifact finds a graph.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from distill.errors import ArtifactError, EngineError
 from distill.untrusted import read_runtime_config, refuse_unsafe_configs, refuse_unsafe_graph
@@ -61,20 +63,27 @@ def refuse_unsafe(graph: Graph) -> None:
     refuse_unsafe_graph(graph.root, graph.file)
 
 
-def default_file(folder: Path) -> str:
-    """Relative path of the graph that onnxruntime-genai loads by itself.
+@contextmanager
+def runtime_settings(folder: Path) -> Iterator[Any]:
+    """The content of an artifact's genai_config.json, to be read inside the block.
 
-    Raises EngineError if its settings do not say, ArtifactError if they are not safe to follow.
+    Raises EngineError if it is absent or lacks what the block asks for, ArtifactError if it is not safe to follow.
     """
     path = folder / GENAI_CONFIG
     try:
-        return str(read_runtime_config(path)["model"]["decoder"]["filename"])
+        yield read_runtime_config(path)
     except ArtifactError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EngineError(
             f"{path}: cannot be used ({type(error).__name__}: {error}); give an artifact's folder"
         ) from error
+
+
+def default_file(folder: Path) -> str:
+    """Relative path of the graph that onnxruntime-genai loads by itself; raises as `runtime_settings`."""
+    with runtime_settings(folder) as settings:
+        return str(settings["model"]["decoder"]["filename"])
 
 
 def variants_in(folder: Path) -> list[str]:

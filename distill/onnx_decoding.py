@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.artifact import GENAI_CONFIG, locate, refuse_unsafe
-from distill.errors import ArtifactError, EngineError, MissingExtraError
+from distill.artifact import locate, refuse_unsafe, runtime_settings
+from distill.errors import EngineError, MissingExtraError
 from distill.onnx_batching import PREFILL_CHUNK, Batch, Cache, Logits, Row, Views
-from distill.untrusted import read_runtime_config, refuse_unsafe_graph
+from distill.untrusted import refuse_unsafe_graph
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,9 @@ class Shape:
 
 
 def read_shape(folder: Path) -> Shape:
-    """The shape of an artifact's model.
-
-    Raises EngineError if its genai_config.json is absent or not usable, ArtifactError if it is not safe to follow.
-    """
-    path = folder / GENAI_CONFIG
-    try:
-        model = read_runtime_config(path)["model"]
+    """The shape of an artifact's model; raises as `distill.artifact.runtime_settings`."""
+    with runtime_settings(folder) as settings:
+        model = settings["model"]
         decoder, ends = model["decoder"], model["eos_token_id"]
         return Shape(
             layers=int(decoder["num_hidden_layers"]),
@@ -58,12 +54,6 @@ def read_shape(folder: Path) -> Shape:
             context=int(model["context_length"]),
             end_ids=tuple(ends) if isinstance(ends, list) else (int(ends),),
         )
-    except ArtifactError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EngineError(
-            f"{path}: cannot be used ({type(error).__name__}: {error}); give an artifact's folder"
-        ) from error
 
 
 class OnnxDecoder:
