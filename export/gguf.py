@@ -17,8 +17,7 @@ from distill.runs import PARTIAL
 
 from .gates import gguf_gate
 from .manifest import GateEntry
-from .measure import TorchStudent
-from .parity import compare_logits
+from .measure import TorchStudent, compare_texts
 from .runtimes import last_words
 from .texts import Texts
 
@@ -73,9 +72,4 @@ def gguf_gates(
 
 def _compared(kind: str, artifact: Path, student: TorchStudent, texts: Texts, limits: Gates) -> GateEntry:
     read_back = TorchStudent(gguf_file(artifact, kind))
-    parity = compare_logits(
-        (student.logits(text.ids)[text.compared] for text in texts.documents),
-        (read_back.logits(text.ids)[text.compared] for text in texts.documents),
-        (text.following for text in texts.documents),
-    )
-    return gguf_gate(kind, parity, limits)
+    return gguf_gate(kind, compare_texts(read_back, student, texts.documents), limits)

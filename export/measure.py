@@ -99,11 +99,11 @@ def measure(
     return Measured(gates, hopeless=False)
 
 
-def compare_texts(decoder: OnnxDecoder, student: TorchStudent, texts: Sequence[Text]) -> Parity:
+def compare_texts(candidate: OnnxDecoder | TorchStudent, student: TorchStudent, texts: Sequence[Text]) -> Parity:
     """Compare the logits of texts that are read in one go."""
     return compare_logits(
         (student.logits(text.ids)[text.compared] for text in texts),
-        (decoder.logits(text.ids)[text.compared] for text in texts),
+        (candidate.logits(text.ids)[text.compared] for text in texts),
         (text.following for text in texts),
     )
 
