@@ -144,7 +144,7 @@ class Collection:
 
     async def _requests(self, prompts: Iterator[Prompt]) -> AsyncIterator[Request]:
         """What is asked, as the engine has room: it waits where the next request depends on an answer or a price."""
-        while not self.stop.requested:
+        while not self.stop.requested and self._trouble is None:
             self._changed.clear()
             job = self._next(prompts)
             if job is not None and self.purse.fits(len(self._in_flight) + len(self._verdicts)):
@@ -262,13 +262,17 @@ class Collection:
         async with aclosing(self.engine.generate(requests)) as completions:  # type: ignore[type-var]
             async for completion in completions:
                 self._keep(completion)
-                if self._trouble is not None:
-                    raise self._trouble
                 if len(self._verdicts) >= MOST_UNJUDGED or self.progress.answered % BREATHE_EVERY == 0:
                     await asyncio.sleep(0)
                 while len(self._verdicts) >= MOST_UNJUDGED:
                     await asyncio.wait(self._verdicts, return_when=asyncio.FIRST_COMPLETED)
         self._in_flight.clear()
+        self._raise_trouble()
+
+    def _raise_trouble(self) -> None:
+        """Raise what keeps answers from being verified; those that were in flight have been kept by then."""
+        if self._trouble is not None:
+            raise self._trouble
 
     def _keep(self, completion: Completion) -> None:
         """Append an answer or a failure; a batch's members that were there already are let go."""
@@ -380,8 +384,7 @@ class Collection:
     async def _verdicts_in(self) -> None:
         while self._verdicts:
             await asyncio.wait(self._verdicts)
-        if self._trouble is not None:
-            raise self._trouble
+        self._raise_trouble()
 
     # --- beside it ---
 

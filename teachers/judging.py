@@ -36,6 +36,8 @@ class Judge:
     _waiting: dict[Key, asyncio.Future[Trace]] = field(default_factory=dict)
     _attempts: dict[Key, tuple[Request, int]] = field(default_factory=dict)
     _server: asyncio.Task[None] | None = None
+    _ended: EngineError | None = None
+    """Why this judge cannot be asked any more."""
 
     async def verdict(self, prompt: Prompt, trace: Trace) -> Verdict:
         """What the judge says of a trace; asks only where the ledger has no reply."""
@@ -48,6 +50,8 @@ class Judge:
         return verdict_on(self.label, prompt, trace, reply)
 
     async def _reply(self, asked: Prompt, key: Key) -> Trace:
+        if self._ended is not None:
+            raise self._ended  # nobody reads the queue now: a request in it would wait for ever
         if self._server is None:
             self._server = asyncio.create_task(self._serve())
         if key not in self._waiting:
@@ -62,9 +66,10 @@ class Judge:
             async for completion in self.engine.generate(self._requests()):
                 self._keep(completion)
         except EngineError as error:
+            self._ended = EngineError(f"verifier {self.label}: {error}")
             for waiting in self._waiting.values():
                 if not waiting.done():
-                    waiting.set_exception(EngineError(f"verifier {self.label}: {error}"))
+                    waiting.set_exception(self._ended)
 
     async def _requests(self) -> AsyncIterator[Request]:
         while True:

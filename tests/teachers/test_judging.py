@@ -1,5 +1,6 @@
 """Judges: asked once, kept in a ledger of their own, counted against the budget."""
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -8,8 +9,10 @@ import pytest
 
 from distill.config import recipe_from
 from distill.errors import BudgetError, EngineError
-from distill.records import Message, Prompt, Verdict, read_records
+from distill.records import Message, Prompt, Teacher, Trace, Verdict, read_records
 from distill.teachers import generate
+from distill.teachers.generate import specs_of
+from distill.teachers.judging import Judges, open_judges
 
 PRICES = {"input_usd_per_mtok": 0, "output_usd_per_mtok": 1000}
 
@@ -17,6 +20,11 @@ PRICES = {"input_usd_per_mtok": 0, "output_usd_per_mtok": 1000}
 def problems(count: int) -> list[Prompt]:
     texts = [f"problem {number}" for number in range(count)]
     return [Prompt.of([Message(role="user", content=t)], gold=str(len(t)), source="sums") for t in texts]
+
+
+def answer_to(prompt: Prompt) -> Trace:
+    teacher = Teacher(model="r1", engine="openai")
+    return Trace(trace_id=prompt.prompt_id, prompt_id=prompt.prompt_id, cfg="c", sample=0, answer="9", teacher=teacher)
 
 
 def recipe_of(server: Any, judge: Any = None, until: Mapping[str, int] | None = None, **teacher: Any) -> Any:
@@ -64,6 +72,35 @@ def test_what_a_judge_costs_counts_against_the_budget(chat: Any, lab: Any) -> No
         with pytest.raises(BudgetError, match=r"budget\.usd of 0\.1"):
             generate.run(recipe, lab.step(recipe, lab.prompts(problems(20))), lab.options)
         assert (len(server.requests), len(judge.requests)) == (2, 2)  # a third of both would be beyond the limit
+
+
+def test_a_judge_that_cannot_be_asked_says_so_to_every_answer_that_comes_later(chat: Any, lab: Any) -> None:
+    with judge_server(chat, plan=lambda *_: chat.Reply(401, b"no")) as judge:
+        recipe = recipe_of(judge)
+        specs = list(specs_of(recipe).values())
+
+        async def ask(judges: Judges) -> None:
+            for prompt in problems(3):
+                with pytest.raises(EngineError, match=r"verifier judge.*401"):
+                    await asyncio.wait_for(judges.verdict(specs[0], prompt, answer_to(prompt)), timeout=20)
+            await judges.close()
+
+        with open_judges(specs, recipe.format, lab.options) as judges:
+            asyncio.run(ask(judges))
+        assert len(judge.requests) == 1
+
+
+def test_answers_in_flight_are_kept_when_a_judge_cannot_be_asked(chat: Any, lab: Any) -> None:
+    slow = chat.ChatServer(plan=lambda number, _: chat.Reply(delay_s=0.0 if number == 1 else 0.5))
+    with slow as server, judge_server(chat, plan=lambda *_: chat.Reply(401, b"no")) as judge:
+        recipe = recipe_of(server, judge)
+        step = lab.step(recipe, lab.prompts(problems(12)))
+        with pytest.raises(EngineError, match=r"verifier judge.*401"):
+            generate.run(recipe, step, lab.options)
+        assert (asked := len(server.requests)) < 12
+        judge.plan = lambda *_: chat.Reply()
+        assert generate.run(recipe, step, replace(lab.options)).counts["answered"] == 12
+        assert len(server.requests) == 12 and asked >= 4
 
 
 def test_a_judge_that_cannot_be_asked_at_all_stops_the_run_and_keeps_the_answers(chat: Any, lab: Any) -> None:
