@@ -6,11 +6,13 @@ choice follows from the processor's maker alone, never from a measurement, so a 
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 INTEL = "GenuineIntel"
@@ -58,6 +60,28 @@ def batched_product(a_NMK: Tensor, b_NKL: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """torch's `linear`, with its gradients."""
     return _Linear.apply(x, weight, bias) if _by_onednn(x) else F.linear(x, weight, bias)
+
+
+@contextmanager
+def faster_linears(model: nn.Module) -> Iterator[None]:
+    """Let a model's plain fp32 linear layers multiply by `linear` inside the block, where that is faster."""
+    plain = [
+        module
+        for module in (model.modules() if onednn_is_faster() else ())
+        # somebody (a hook, a block outside this one) may have put a forward there
+        if type(module) is nn.Linear and module.weight.dtype == torch.float32 and "forward" not in vars(module)
+    ]
+    for module in plain:
+        module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in plain:
+            del module.forward
+
+
+def _forward(module: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x, module.weight, module.bias)
 
 
 class _Linear(torch.autograd.Function):

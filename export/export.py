@@ -5,6 +5,7 @@ as they are made, so a killed export does only what is left. The artifact is wri
 unsealed.
 """
 
+import functools
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -123,8 +124,12 @@ def climbing_of(recipe: Recipe, step: Step, run: OpenRun, student: TorchStudent,
     """How this recipe's attempts are made and judged."""
     export, checkpoint = _export(recipe), student.checkpoint
 
+    @functools.cache
+    def calibration() -> list[list[int]]:
+        return calibration_texts(checkpoint, step, recipe, export.four_bits.calibration_tokens, run)
+
     def round_weights(scheme: Scheme) -> Iterator[Mapping[str, Rounded]]:
-        documents = calibration_texts(checkpoint, step, recipe, export.four_bits.calibration_tokens, run)
+        documents = calibration()
         model = load_model(ModelSource(str(checkpoint), checkpoint))
         with progress(f"export: {scheme}", model.config.num_hidden_layers, run.options, unit="layers") as bar:
             for matrices in gptq(model, documents, scheme):

@@ -2,11 +2,12 @@
 
 GPTQ (Frantar et al. 2023, "GPTQ: Accurate Post-Training Quantization", algorithm 1) rounds a matrix column by column,
 and moves each column's rounding error onto those not yet rounded, by the second moments of the matrix's inputs. Layers
-are rounded in order, so that each sees what the rounded ones before it really pass on. The grid of every block is
-chosen first, by the least error weighted with those moments; columns with the largest moments are rounded first.
+are rounded in order, so that each sees what the rounded ones before it really pass on, and each is first moved to make
+up for a part of what those have lost (`retargeted`). The grid of every block is chosen next, by the least error
+weighted with those moments; columns with the largest moments are rounded first.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.errors import ExportError
+from distill.products import faster_linears, product
 
 from .schemes import Scheme
 
 DAMPING = 0.01
 """Share of the moments' mean diagonal that is added to it: hardly used inputs must not make the inverse explode."""
+MADE_UP = 0.4
+"""Share of an earlier loss that a matrix is to make up for: more of it fits the calibration texts too closely."""
 COLUMNS_AT_ONCE = 128
 """Columns rounded before their errors are moved onto all that follow; a matter of speed only."""
 SHRINKS = tuple(1 - 0.05 * step for step in range(8))
@@ -33,6 +37,12 @@ GROUPS = {
     "mlp/down_proj": ("mlp.down_proj",),
 }
 """The graph's matrices and the modules of a transformers layer that they are made of, outputs joined in this order."""
+
+
+WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+"""Modules whose outputs are added to the residual stream."""
+AFTER_ATTENTION = "post_attention_layernorm"
+"""The module that reads the residual stream between them."""
 
 
 class Grid(NamedTuple):
@@ -130,13 +140,39 @@ def compensated(weights_NK: Tensor, moments_KK: Tensor, grid: Grid) -> Rounded:
     return Rounded(grid, found_NK)
 
 
-def _inverse_factor(moments_KK: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped moments, whose rows say how an error spreads."""
+class Moments(NamedTuple):
+    """Sums over a matrix's inputs x, as the rounded layers before it pass them on."""
+
+    own_KK: Tensor
+    """Of x x^T."""
+    missing_NK: Tensor | None
+    """Of (y' - y) x^T, where the matrix writes into the residual stream: y' is what stands there behind it where
+    nothing is rounded, y what stands there now."""
+
+
+def retargeted(weights_NK: Tensor, moments: Moments) -> Tensor:
+    """The matrix to round: one that also makes up for what rounded layers before it have lost from the residual stream.
+
+    W + `MADE_UP` M (H + d I)^-1, the least squares of the missing outputs over the inputs (moments M and H, damping d).
+    Li et al. 2025 ("GPTAQ") correct every matrix for its own inputs; only those that write into the stream can stop
+    losses from adding up, and those that read it are left alone.
+    """
+    if moments.missing_NK is None:
+        return weights_NK
+    factor_KK = torch.linalg.cholesky(_damped(moments.own_KK))
+    return weights_NK + MADE_UP * torch.cholesky_solve(moments.missing_NK.double().T, factor_KK).T.float()
+
+
+def _damped(moments_KK: Tensor) -> Tensor:
     moments = moments_KK.double()
     unused_K = moments.diagonal() <= 0
     moments[unused_K, unused_K] = 1.0
-    moments += torch.eye(len(moments)) * (DAMPING * moments.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
+    return moments + torch.eye(len(moments)) * (DAMPING * moments.diagonal().mean())
+
+
+def _inverse_factor(moments_KK: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped moments, whose rows say how an error spreads."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(moments_KK)))
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 
@@ -152,10 +188,10 @@ def gptq(model: Any, documents: Sequence[Sequence[int]], scheme: Scheme) -> Iter
     """
     if not documents:
         raise ExportError("GPTQ needs texts to calibrate on, and there are none")
-    with torch.inference_mode():
-        inputs = _layer_inputs(model, documents)
+    with torch.inference_mode(), faster_linears(model):
+        exact = inputs = _layer_inputs(model, documents)
         for number, layer in enumerate(model.model.layers):
-            moments = _second_moments(layer, inputs)
+            moments, exact = _moments(layer, exact, inputs)
             bits = scheme.layer_bits(number)
             yield {
                 f"/model/layers.{number}/{part}/MatMul": _round_modules(layer, names, moments[names[0]], bits, scheme)
@@ -164,12 +200,12 @@ def gptq(model: Any, documents: Sequence[Sequence[int]], scheme: Scheme) -> Iter
             inputs = [(_first(layer(hidden, **context)), context) for hidden, context in inputs]
 
 
-def _round_modules(layer: Any, names: Sequence[str], moments_KK: Tensor, bits: int, scheme: Scheme) -> Rounded:
+def _round_modules(layer: Any, names: Sequence[str], moments: Moments, bits: int, scheme: Scheme) -> Rounded:
     """Round modules that read the same inputs as one matrix, and put its values into them."""
     modules = [layer.get_submodule(name) for name in names]
-    weights_NK = torch.cat([module.weight for module in modules])
-    grid = best_grid(weights_NK, moments_KK.diagonal().clamp(min=1e-12), bits, scheme.block_size)
-    rounded = compensated(weights_NK, moments_KK, grid)
+    weights_NK = retargeted(torch.cat([module.weight for module in modules]), moments)
+    grid = best_grid(weights_NK, moments.own_KK.diagonal().clamp(min=1e-12), bits, scheme.block_size)
+    rounded = compensated(weights_NK, moments.own_KK, grid)
     for module, values_NK in zip(modules, rounded.values.split([len(m.weight) for m in modules]), strict=True):
         module.weight.copy_(values_NK)
     return rounded
@@ -179,9 +215,13 @@ class _Caught(Exception):  # noqa: N818  # it ends a forward pass; it is no erro
     """What the first layer was called with."""
 
 
-def _layer_inputs(model: Any, documents: Sequence[Sequence[int]]) -> list[tuple[Tensor, dict[str, Any]]]:
-    """What the first layer is given for each document: hidden states [1, T, hidden], and masks and positions."""
-    caught: list[tuple[Tensor, dict[str, Any]]] = []
+Inputs = tuple[Tensor, dict[str, Any]]
+"""What a layer is given for one document: hidden states [1, T, hidden], and masks and positions."""
+
+
+def _layer_inputs(model: Any, documents: Sequence[Sequence[int]]) -> list[Inputs]:
+    """What the first layer is given for each document."""
+    caught: list[Inputs] = []
 
     def catch(module: Any, arguments: tuple[Tensor, ...], named: dict[str, Any]) -> None:
         caught.append((arguments[0] if arguments else named.pop("hidden_states"), named))
@@ -199,25 +239,37 @@ def _layer_inputs(model: Any, documents: Sequence[Sequence[int]]) -> list[tuple[
     return caught
 
 
-def _second_moments(layer: Any, inputs: Sequence[tuple[Tensor, dict[str, Any]]]) -> dict[str, Tensor]:
-    """Sum of x x^T over all tokens, for each module of `GROUPS`; those that read the same inputs share one."""
-    moments: dict[str, Tensor] = {}
-    hooks = []
-    for names in (("self_attn.q_proj",), ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)):
-        module = layer.get_submodule(names[0])
-        total_KK = torch.zeros(module.in_features, module.in_features)
-        moments |= dict.fromkeys(names, total_KK)
+def _moments(layer: Any, exact: Sequence[Inputs], inputs: Sequence[Inputs]) -> tuple[dict[str, Moments], list[Inputs]]:
+    """The moments of each module of `GROUPS` over all tokens, and what the layer passes on where nothing is rounded.
 
-        def add(module: Any, arguments: tuple[Tensor, ...], total_KK: Tensor = total_KK) -> None:
-            rows = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
-            total_KK.addmm_(rows.T, rows)
+    `exact` are the layer's inputs there, `inputs` those that rounded layers pass on. Modules that read the same share.
+    """
+    readers = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    moments = {name: _no_moments(layer.get_submodule(name), name in WRITERS) for name in readers}
+    seen: dict[str, Tensor] = {}
 
-        hooks.append(module.register_forward_pre_hook(add))
-    for hidden, context in inputs:
-        layer(hidden, **context)
+    def keep(name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
+        return lambda _, arguments: seen.update({name: arguments[0].flatten(0, -2).float()})
+
+    hooks = [layer.get_submodule(name).register_forward_pre_hook(keep(name)) for name in (*readers, AFTER_ATTENTION)]
+    passed_on: list[Inputs] = []
+    for (hidden, context), (rounded, _) in zip(exact, inputs, strict=True):
+        passed_on.append((_first(layer(hidden, **context)), context))
+        after_attention_TN = seen[AFTER_ATTENTION]
+        missing_TN = (passed_on[-1][0] - _first(layer(rounded, **context))).flatten(0, -2)
+        missing = dict(zip(WRITERS, (after_attention_TN - seen[AFTER_ATTENTION], missing_TN), strict=True))
+        for name, (own_KK, missing_NK) in moments.items():
+            own_KK.add_(product(seen[name].T, seen[name]))
+            if missing_NK is not None:
+                missing_NK.add_(product(missing[name].T, seen[name]))
     for hook in hooks:
         hook.remove()
-    return moments
+    return moments | {"mlp.up_proj": moments["mlp.gate_proj"]}, passed_on
+
+
+def _no_moments(module: Any, writes: bool) -> Moments:
+    outputs, inputs = module.weight.shape
+    return Moments(torch.zeros(inputs, inputs), torch.zeros(outputs, inputs) if writes else None)
 
 
 def _first(output: Any) -> Tensor:

@@ -7,14 +7,14 @@ their own code. Linear layers change only where another library multiplies faste
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.products import linear, onednn_is_faster, product
+from distill.products import faster_linears, linear, product
 
 NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 FEED_FORWARDS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP")
@@ -25,15 +25,15 @@ ACTIVATIONS = ("SiLU", "SiLUActivation")
 @contextmanager
 def lean(model: nn.Module, wanted: bool = True) -> Iterator[int]:
     """Let the model's norms and feed-forwards compute in lean form inside the block; yields how many do."""
-    changed, leaner = [], 0
+    changed = []
     for module in model.modules() if wanted else ():
         form = _form_of(module)
         if form is not None:
             module.forward = functools.partial(form, module)
             changed.append(module)
-            leaner += form is not _linear_forward
     try:
-        yield leaner
+        with faster_linears(model) if wanted else nullcontext():
+            yield len(changed)
     finally:
         for module in changed:
             del module.forward
@@ -47,8 +47,6 @@ def _form_of(module: nn.Module) -> Any:
         return _norm_forward
     if kind in FEED_FORWARDS and _is_plain(module):
         return _feed_forward
-    if type(module) is nn.Linear and module.weight.dtype == torch.float32 and onednn_is_faster():
-        return _linear_forward
     return None
 
 
@@ -64,10 +62,6 @@ def _norm_forward(module: Any, hidden_states: Tensor) -> Tensor:
 def _feed_forward(module: Any, x: Tensor) -> Tensor:
     down = module.down_proj
     return swiglu_down(module.gate_proj(x), module.up_proj(x), down.weight, down.bias)
-
-
-def _linear_forward(module: Any, x: Tensor) -> Tensor:
-    return linear(x, module.weight, module.bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -22,6 +22,18 @@ def torch(student: Callable[..., Path]) -> TorchStudent:
     return TorchStudent(student())
 
 
+def test_the_torch_student_is_transformers_model_and_reads_a_text_once(student: Callable[..., Path]) -> None:
+    import torch
+
+    one, ids = TorchStudent(student()), TEXTS.documents[0].ids
+    expected = one.model(input_ids=torch.tensor([ids])).logits[0].detach().numpy()
+    reads = []
+    one.model.get_decoder().register_forward_hook(lambda *_: reads.append(1))
+    for _ in range(2):
+        assert one.logits(ids) == pytest.approx(expected, abs=1e-5)
+    assert len(reads) == 1 and one.logits([5, 300]).shape == (2, expected.shape[1])
+
+
 def test_steps_are_compared_inside_the_answer_alone(exported: Callable[..., Path], torch: TorchStudent) -> None:
     """A prompt's positions were never trained, and nothing is asked after the end token."""
     decoder = OnnxDecoder(exported(variant="int4"), threads=1)

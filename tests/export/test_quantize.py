@@ -1,5 +1,6 @@
 """GPTQ loses less than rounding does, and what the graph computes with is what was rounded."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from distill.errors import ExportError
+from distill.export import quantize
 from distill.export.graph import build_variant
-from distill.export.quantize import Grid, Rounded, best_grid, compensated, gptq, packed
+from distill.export.quantize import Grid, Moments, Rounded, best_grid, compensated, gptq, packed, retargeted
 from distill.export.schemes import VARIANTS
 from distill.onnx_decoding import OnnxDecoder
 
@@ -83,6 +85,20 @@ def test_a_matrix_that_no_blocks_divide_is_refused() -> None:
         best_grid(torch.ones(2, 33), torch.ones(33), 4, 32)
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_what_is_missing_is_made_up_for_by_least_squares(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With W x missing another matrix's D x, the one to round is W + share D, but for the damping."""
+    weights, inputs = correlated()
+    inputs = inputs + torch.randn(inputs.shape, generator=torch.Generator().manual_seed(1))
+    lost = 0.1 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(2))
+    moments = inputs.T @ inputs
+    monkeypatch.setattr(quantize, "MADE_UP", share)
+    monkeypatch.setattr(quantize, "DAMPING", 1e-9)
+    found = retargeted(weights, Moments(moments, (inputs @ lost.T).T @ inputs))
+    torch.testing.assert_close(found, weights + share * lost, atol=1e-4, rtol=1e-4)
+    assert retargeted(weights, Moments(moments, None)) is weights
+
+
 def test_numbers_of_four_bits_share_bytes_the_lower_half_first() -> None:
     integers = torch.tensor([[float(k % 16) for k in range(96)]])
     grid = Grid(4, 32, torch.ones(1, 3), torch.tensor([[1.0, 2.0, 3.0]]))
@@ -120,6 +136,25 @@ def test_the_graph_computes_with_the_rounded_weights(
     # the head alone is rounded in the graph only, to 8 bits; the builder's own rounding of the body is another one
     head = np.abs(found - expected).max()
     assert head < 0.05 * np.abs(expected).max() and head < 0.5 * np.abs(plain - expected).max()
+
+
+def test_later_layers_make_up_for_what_earlier_ones_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On texts that it was not calibrated on; without a share made up for the loss is larger."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4}
+    exact = LlamaForCausalLM(LlamaConfig(vocab_size=512, **size)).eval()
+    texts = [[int(one) for one in np.random.default_rng(seed).integers(3, 500, 200)] for seed in range(17)]
+    losses = []
+    with torch.no_grad():
+        expected = exact.model(torch.tensor(texts[:1])).last_hidden_state
+        for share in (quantize.MADE_UP, 0.0):
+            monkeypatch.setattr(quantize, "MADE_UP", share)
+            model = copy.deepcopy(exact)
+            list(gptq(model, texts[1:], GPTQ))
+            losses.append(float((model.model(torch.tensor(texts[:1])).last_hidden_state - expected).square().mean()))
+    assert losses[0] < 0.9 * losses[1]
 
 
 def built(checkpoint: Path, folder: Path, scheme: Any) -> Path:
