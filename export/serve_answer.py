@@ -31,7 +31,7 @@ class Answering:
         def deliver_to(choice: int) -> Callable[[Delta], None]:
             def deliver(part: Delta) -> None:
                 with suppress(RuntimeError):  # the loop has ended
-                    loop.call_soon_threadsafe(self._parts.put_nowait, (choice, part))
+                    loop.call_soon_threadsafe(self._take, choice, part)
 
             return deliver
 
@@ -50,22 +50,28 @@ class Answering:
         missing = len(self._open)
         while missing:
             choice, part = await self._parts.get()
-            self._count(part)
             if part.finish in ("error", "cancelled"):
                 why = part.error or "the server is shutting down"
                 raise ApiError(500 if part.error else 503, why, part.finish, kind="server_error")
             missing -= part.finish is not None
             yield choice, part
 
+    def _take(self, choice: int, part: Delta) -> None:
+        """Count a part as it comes, also where the client has left and nobody waits for it."""
+        self._count(part)
+        self._parts.put_nowait((choice, part))
+
     def _count(self, part: Delta) -> None:
         metrics = self._metrics
-        if self._first and (part.content or part.reasoning or part.finish):
+        whole = part.finish in ("stop", "length")
+        if self._first and (part.content or part.reasoning or whole):
             metrics.ttft.observe(time.monotonic() - self._started)
             self._first = False
         if part.finish is not None and part.usage is not None:
             self._usages.append(part.usage)
             metrics.finished[part.finish] += 1
-            metrics.latency.observe(time.monotonic() - self._started)
+            if whole:
+                metrics.latency.observe(time.monotonic() - self._started)
             metrics.prompt_tokens += part.usage.prompt
             metrics.shared_tokens += part.usage.shared
             metrics.completion_tokens += part.usage.completion

@@ -477,6 +477,17 @@ def test_metrics_count_what_was_answered(serving: Callable[..., Served]) -> None
     )
 
 
+def test_tokens_for_a_client_that_left_are_counted_and_its_times_are_not(serving: Callable[..., Served]) -> None:
+    served = serving()
+    with streaming(served) as sock:
+        assert sock.recv(100)
+        until(lambda: served.metric("distill_ttft_seconds_count") == 1)
+    until(lambda: served.server.runtime.running == 0)
+    until(lambda: served.metric('distill_answers_total{finish="cancelled"}') == 1)
+    assert served.metric("distill_completion_tokens_total") > 0
+    assert served.metric("distill_request_seconds_count") == 0
+
+
 def test_a_histogram_counts_up_to_and_with_each_bound() -> None:
     histogram = Histogram((1.0, 2.0))
     for value in (0.5, 1.0, 1.5, 9.0):
