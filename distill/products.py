@@ -72,7 +72,7 @@ def faster_linears(model: nn.Module) -> Iterator[None]:
         if type(module) is nn.Linear and module.weight.dtype == torch.float32 and "forward" not in vars(module)
     ]
     for module in plain:
-        module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
+        module.forward = functools.partial(_forward, module)
     try:
         yield
     finally:
