@@ -1,11 +1,13 @@
 """A Ray cluster of two nodes on this machine, of which one can be lost, be set up otherwise, or see another disk."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,15 +20,26 @@ Node = subprocess.Popen[bytes]
 
 
 @contextmanager
-def two_nodes(folder: Path, second: Sequence[str] = (), **environment: str) -> Iterator[Node]:
+def two_nodes(second: Sequence[str] = (), **environment: str) -> Iterator[Node]:
     """Run the cluster that RAY_ADDRESS then names; yields the second node's process.
 
-    `second` stands before the second node's command, `environment` is added to what its processes see.
+    `second` stands before the second node's command, `environment` is added to what its processes see. One cluster at
+    a time, whatever other tests run beside: their ports are the same. Ray's own files lie in a folder with a short
+    name, since the path of a socket has room for 107 bytes.
     """
+    scratch = Path(tempfile.gettempdir())
+    with (scratch / "distill-ray.lock").open("w") as lock, tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with _nodes(Path(folder), second, environment) as node:
+            yield node
+
+
+@contextmanager
+def _nodes(folder: Path, second: Sequence[str], environment: Mapping[str, str]) -> Iterator[Node]:
     outside = os.environ | {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
     common = ["--num-cpus=2", "--disable-usage-stats", "--block", "--object-store-memory=100000000",
               "--node-ip-address=127.0.0.1"]  # fmt: skip
-    head = [RAY, "start", "--head", f"--port={PORT}", "--include-dashboard=false", f"--temp-dir={folder / 'ray'}"]
+    head = [RAY, "start", "--head", f"--port={PORT}", "--include-dashboard=false", f"--temp-dir={folder}"]
     nodes = [subprocess.Popen([*head, *common], env=outside, start_new_session=True, stdout=-3, stderr=-3)]
     try:
         _wait_for(1)

@@ -123,7 +123,7 @@ def test_a_ray_cluster_that_loses_a_node_midway_gives_what_one_process_gives(
         whole = api.generate(recipe_for(server, tmp_path, 80), runs=tmp_path / "one", quiet=True)
         expected = len(server.requests)
     lost = threading.Event()
-    with ray_cluster.two_nodes(tmp_path.parent) as second:
+    with ray_cluster.two_nodes() as second:
 
         def plan(number: int, body: Any) -> Any:
             if number == 30 and not lost.is_set():

@@ -89,7 +89,7 @@ def test_a_sweep_that_loses_a_node_midway_ends_as_the_local_one(lab: Any, tmp_pa
     lab.write_light_recipe(tmp_path)
     path = lab.write_sweep(tmp_path, grid=TWELVE)
     run_sweep(path, options(tmp_path / "one"), lab.Inline())
-    with ray_cluster.two_nodes(tmp_path.parent) as second:
+    with ray_cluster.two_nodes() as second:
         lost = False
 
         def lose_a_node(scheduler: Scheduler) -> None:
@@ -116,7 +116,7 @@ def test_a_node_that_does_not_see_the_run_store_gets_what_it_reads_and_sends_bac
     run_sweep(path, options(tmp_path / "one"), lab.Inline())
     # the second node sees an empty disk where the driver has recipe, problems and run store
     blind = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {tmp_path / "driver"} && exec "$@"', "sh"]
-    with ray_cluster.two_nodes(tmp_path.parent, blind, DISTILL_NODE_RUNS=str(tmp_path / "node")):
+    with ray_cluster.two_nodes(blind, DISTILL_NODE_RUNS=str(tmp_path / "node")):
         outcome = run_sweep(path, options(tmp_path / "driver" / "runs"), "ray")
     assert outcome.done == 12
     assert digests(tmp_path / "driver" / "runs") == digests(tmp_path / "one")
@@ -139,7 +139,7 @@ def test_a_node_with_another_version_is_refused_by_name_before_any_work(
     older.mkdir(parents=True)
     (older / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.0.1\n")
     wanted = r"node [\d.]+ \(\w{8}\) has transformers 4\.0\.1 \(the driver has 5\.[\d.]+\); install the same"
-    with ray_cluster.two_nodes(tmp_path.parent, PYTHONPATH=str(tmp_path / "older")):
+    with ray_cluster.two_nodes(PYTHONPATH=str(tmp_path / "older")):
         with pytest.raises(RunError, match=wanted):
             run_sweep(path, options(tmp_path / "runs"), "ray")
     assert not list((tmp_path / "runs").glob("*/*/stage.json"))

@@ -135,8 +135,11 @@ def site(shipped: Path, tmp_path: Path) -> Iterator[str]:
 @pytest.mark.full
 @needs_node
 @pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not on the PATH")
-def test_the_page_answers_in_the_browser_and_asks_nobody_else(site: str, browser_of: Any) -> None:
-    with tempfile.TemporaryDirectory() as profile, browser_of(Path(profile)) as browser:
+def test_the_page_answers_in_the_browser_and_asks_nobody_else(site: str, browsers: Any) -> None:
+    with (
+        tempfile.TemporaryDirectory() as profile,
+        browsers.chromium(Path(profile), browsers.Chromium) as browser,
+    ):
         browser.call("Page.navigate", url=f"{site}?max_new_tokens=12")
         browser.until("document.getElementById('status')?.textContent === 'Ready.'")
         browser.value("document.getElementById('ask').click()")
@@ -147,10 +150,10 @@ def test_the_page_answers_in_the_browser_and_asks_nobody_else(site: str, browser
 
 
 @pytest.fixture(scope="session")
-def browser_of() -> Any:
-    """The function that starts a headless Chromium for the tests of pages."""
-    spec = importlib.util.spec_from_file_location("viewer_tests", ROOT / "tests" / "test_trace_viewer.py")
+def browsers() -> Any:
+    """The module that drives a headless Chromium."""
+    spec = importlib.util.spec_from_file_location("chromium", ROOT / "tests" / "chromium.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.chromium
+    return module
