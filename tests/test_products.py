@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from distill import products
-from distill.products import linear, onednn_is_faster, product
+from distill.products import faster_linears, linear, onednn_is_faster, product
 
 
 @pytest.fixture(params=[False, True], ids=["mkl", "onednn"], autouse=True)
@@ -64,6 +65,18 @@ def test_a_frozen_weight_costs_no_product() -> None:
     x, weight = drawn(4, 8).requires_grad_(), drawn(6, 8, seed=1)
     linear(x, weight, None).sum().backward()
     assert x.grad is not None and weight.grad is None
+
+
+def test_a_models_linear_layers_multiply_alike_inside_the_block_and_are_left_as_they_were() -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 5, bias=False), nn.Linear(5, 4).double())
+    own = model[1].forward = lambda x: F.linear(x, model[1].weight)  # somebody else's
+    x = drawn(2, 3, 8)
+    expected = model[1](model[0](x))
+    with faster_linears(model):
+        taken = [number for number, module in enumerate(model) if "forward" in vars(module)]
+        assert taken == ([0, 1] if products.onednn_is_faster() else [1]) and model[1].forward is own
+        assert torch.allclose(model[1](model[0](x)), expected, atol=1e-6)
+    assert "forward" not in vars(model[0]) and model[1].forward is own
 
 
 @pytest.mark.parametrize(
