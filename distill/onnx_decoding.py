@@ -10,7 +10,7 @@ Neither torch nor transformers is needed; prompts and answers are token ids.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,15 +241,33 @@ class GenaiDecoder:
 
     def greedy(self, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
         """The new token ids after one prompt, greedily, with the artifact's own end tokens (kept if reached)."""
-        params = self._genai.GeneratorParams(self._model)
-        params.set_search_options(do_sample=False, max_length=len(prompt_ids) + max_new_tokens)
-        generator = self._genai.Generator(self._model, params)
+        generator = self._generator(len(prompt_ids) + max_new_tokens)
         generator.append_tokens(np.array(prompt_ids, np.int32))
         tokens: list[int] = []
         while not generator.is_done():
             generator.generate_next_token()
-            tokens.append(int(generator.get_next_tokens()[0]))
+            tokens.append(int(generator.get_next_tokens()[0]))  # its sequence lacks the end token
         return tokens
+
+    def rendered(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, list[int]]:
+        """What the artifact's own template and tokenizer make of a question: text and token ids."""
+        tokenizer = self._genai.Tokenizer(self._model)
+        prompt = tokenizer.apply_chat_template(json.dumps([dict(one) for one in messages]), add_generation_prompt=True)
+        return prompt, [int(token) for token in tokenizer.encode(prompt)]
+
+    def preferred(self, ids: Sequence[int]) -> list[int]:
+        """The likeliest token after each of the ids; [len(ids)]."""
+        generator = self._generator(len(ids) + 1)
+        found: list[int] = []
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            generator.append_tokens(np.array(ids[start : start + PREFILL_CHUNK], np.int32))
+            found += generator.get_output("logits")[0].argmax(-1).tolist()
+        return found
+
+    def _generator(self, max_length: int) -> Any:
+        params = self._genai.GeneratorParams(self._model)
+        params.set_search_options(do_sample=False, max_length=max_length)
+        return self._genai.Generator(self._model, params)
 
 
 def _import(name: str) -> Any:

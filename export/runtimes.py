@@ -21,11 +21,9 @@ from queue import Empty, Queue
 from threading import Thread
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from distill.artifact import Graph, data_file, locate
 from distill.errors import EngineError, MissingExtraError
-from distill.onnx_decoding import read_shape
+from distill.onnx_decoding import GenaiDecoder, read_shape
 
 from .manifest import GateEntry
 from .package import CONFIG, DTYPES, lint_end_tokens
@@ -40,8 +38,6 @@ SWITCHES = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync", "--disable-component-update",
     "--disable-background-networking", "--disable-dev-shm-usage",
 )  # fmt: skip
-CHUNK = 128
-"""Tokens of a document that are run at once: logits over the whole vocabulary are what costs memory."""
 LARGEST_IN_A_PAGE = 2 << 30
 """Bytes of weights that a page can hold: it has 4 GiB, and needs them once as a file and once in the runtime."""
 VENDORED = {
@@ -243,51 +239,16 @@ def end_token_gate(artifact: Path) -> GateEntry:
 
 def ask_genai(question: Question) -> tuple[str, list[Answer]]:
     """onnxruntime-genai, in this process."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    decoder = GenaiDecoder(question.graph.root, question.threads, question.graph.variant)
     try:
-        import onnxruntime_genai as og
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime-genai", "export") from error
-    session = {"intra_op_num_threads": question.threads}
-    config = og.Config(str(question.graph.root))
-    config.overlay(json.dumps({"model": {"decoder": {"filename": question.graph.file, "session_options": session}}}))
-    try:
-        model = og.Model(config)
-        tokenizer = og.Tokenizer(model)
         answers = []
         for case in question.cases:
-            prompt = tokenizer.apply_chat_template(json.dumps(list(case.messages)), add_generation_prompt=True)
-            ids = [int(token) for token in tokenizer.encode(prompt)]
-            text = _genai_text(og, model, ids, question.max_new_tokens)
-            answers.append(Answer(prompt, ids, _genai_preferred(og, model, case.document), text))
+            prompt, ids = decoder.rendered(case.messages)
+            text = decoder.greedy(ids, question.max_new_tokens)
+            answers.append(Answer(prompt, ids, decoder.preferred(case.document), text))
     except RuntimeError as error:
         raise BrokenError(f"onnxruntime-genai: {error}") from error
     return version("onnxruntime-genai"), answers
-
-
-def _genai_text(og: Any, model: Any, ids: list[int], max_new_tokens: int) -> list[int]:
-    generator = og.Generator(model, _genai_length(og, model, len(ids) + max_new_tokens))
-    generator.append_tokens(ids)
-    written: list[int] = []
-    while not generator.is_done():
-        generator.generate_next_token()
-        written.append(int(generator.get_next_tokens()[0]))  # its sequence lacks the end token
-    return written
-
-
-def _genai_preferred(og: Any, model: Any, document: Sequence[int]) -> list[int]:
-    generator = og.Generator(model, _genai_length(og, model, len(document) + 1))
-    found: list[int] = []
-    for start in range(0, len(document), CHUNK):
-        generator.append_tokens(np.array(document[start : start + CHUNK], np.int32))
-        found += generator.get_output("logits")[0].argmax(-1).tolist()
-    return found
-
-
-def _genai_length(og: Any, model: Any, length: int) -> Any:
-    params = og.GeneratorParams(model)
-    params.set_search_options(max_length=length)
-    return params
 
 
 def ask_node(question: Question) -> tuple[str, list[Answer]]:
