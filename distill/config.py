@@ -1226,7 +1226,7 @@ class FourBits(Section):
     """How weights are rounded."""
     head_bits: Literal[4, 8] | None = None
     """Bits of the output head and a tied embedding."""
-    calibration_tokens: int = Field(default=16384, gt=0)
+    calibration_tokens: int = Field(default=12288, gt=0)
     """Tokens of the training set (of the student's own writing where there is none) that GPTQ is calibrated on."""
 
 

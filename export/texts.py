@@ -49,7 +49,8 @@ TEMPERATURE = 0.6
 """Of texts that the student writes itself: what DeepSeek recommends for R1 and its distillations."""
 WRITTEN_TOKENS = 256
 """Longest answer that the student writes itself for a comparison."""
-AT_ONCE = 64
+AT_ONCE = 24
+"""Texts that are written together: more would not be much faster here, and their caches are most of the memory."""
 CALIBRATION_SEED = 1_000_000
 """Far from the seeds of what is compared."""
 
