@@ -3,6 +3,7 @@
 Everything runs on the CPU provider; what needs another device is a gate that was not run.
 """
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +41,8 @@ class TorchStudent:
     """The torch student's teacher-forced logits in fp32; loaded when they are first asked for.
 
     A text is read once: its final hidden states are kept, and the head's product with them is made whenever it is
-    asked for, since every scheme of every variant is compared with the same texts.
+    asked for, since every scheme of every variant is compared with the same texts. `release` gives the rest of the
+    model back meanwhile.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -52,17 +54,30 @@ class TorchStudent:
         """The loaded model."""
         return load_model(find_model(str(self.checkpoint)))
 
+    @cached_property
+    def _head(self) -> Any:
+        """The output head, with weights of its own: those of a model may be one mapped file."""
+        return copy.deepcopy(self.model.lm_head)
+
+    def release(self) -> None:
+        """Let go of the model until a text comes that was not read before."""
+        if "model" in vars(self):
+            _ = self._head
+            del self.model
+
     def logits(self, ids: Sequence[int]) -> Logits:
         """Logits after each of the ids; float32 [len(ids), vocabulary]."""
         import torch
 
         from distill.products import faster_linears
 
-        with torch.inference_mode(), faster_linears(self.model):
+        with torch.inference_mode():
             if (read := tuple(ids)) not in self._hidden:
-                found = self.model.get_decoder()(input_ids=torch.tensor([read]), use_cache=False)
+                with faster_linears(self.model):
+                    found = self.model.get_decoder()(input_ids=torch.tensor([read]), use_cache=False)
                 self._hidden[read] = found.last_hidden_state[0]
-            return np.asarray(self.model.lm_head(self._hidden[read]).numpy())
+            with faster_linears(self._head):
+                return np.asarray(self._head(self._hidden[read]).numpy())
 
 
 class Measured(NamedTuple):
@@ -101,6 +116,7 @@ def measure(
     gates += decode_gates(variant, compare_steps(decoder, student, texts.documents, limits.decode_steps), limits)
     if variant == "fp32":
         gates.append(greedy_gate(variant, compare_decoding(decoder, student, texts.prompts, limits)))
+    student.release()
     say(
         f"export: {variant}: mean KL {parity.mean_kl:.2g} nats, top-1 {parity.top1_agreement:.2%} of"
         f" {parity.positions}, perplexity {parity.perplexity_ratio:.4f} of the student's"

@@ -32,6 +32,9 @@ def test_the_torch_student_is_transformers_model_and_reads_a_text_once(student: 
     for _ in range(2):
         assert one.logits(ids) == pytest.approx(expected, abs=1e-5)
     assert len(reads) == 1 and one.logits([5, 300]).shape == (2, expected.shape[1])
+    one.release()
+    assert one.logits(ids) == pytest.approx(expected, abs=1e-5) and "model" not in vars(one)
+    assert one.logits([7]).shape == (1, expected.shape[1]) and "model" in vars(one)
 
 
 def test_steps_are_compared_inside_the_answer_alone(exported: Callable[..., Path], torch: TorchStudent) -> None:
