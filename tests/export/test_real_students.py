@@ -34,8 +34,9 @@ MODELS = [
 @pytest.fixture(scope="module", params=MODELS)
 def exported_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The artifact of a real model, in three variants; its export passed every gate or this fails."""
-    # other runtimes are asked in test_runtimes: a browser needs minutes for half a billion weights
-    export = {"model": request.param, "variants": ["fp32", "int8", "int4"], "runtimes": ["genai"]}
+    # other runtimes are asked in test_runtimes: a browser needs minutes for half a billion weights, and a few texts of
+    # a model without training are too few to hold its top-1 against a limit
+    export = {"model": request.param, "variants": ["fp32", "int8", "int4"], "runtimes": []}
     recipe = recipe_from({"name": "real", "export": export})
     outcome = distill.export_model(recipe, runs=tmp_path_factory.mktemp("runs"), quiet=True)
     return outcome.results["export"].path("artifact")
