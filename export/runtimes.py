@@ -22,7 +22,7 @@ from threading import Thread
 from typing import Any, NamedTuple
 
 from distill.artifact import Graph, data_file, locate
-from distill.errors import EngineError, MissingExtraError
+from distill.errors import ArtifactError, EngineError, MissingExtraError
 from distill.onnx_decoding import GenaiDecoder, read_shape
 
 from .manifest import GateEntry
@@ -239,14 +239,14 @@ def end_token_gate(artifact: Path) -> GateEntry:
 
 def ask_genai(question: Question) -> tuple[str, list[Answer]]:
     """onnxruntime-genai, in this process."""
-    decoder = GenaiDecoder(question.graph.root, question.threads, question.graph.variant)
+    answers = []
     try:
-        answers = []
+        decoder = GenaiDecoder(question.graph.root, question.threads, question.graph.variant)
         for case in question.cases:
             prompt, ids = decoder.rendered(case.messages)
             text = decoder.greedy(ids, question.max_new_tokens)
             answers.append(Answer(prompt, ids, decoder.preferred(case.document), text))
-    except RuntimeError as error:
+    except (RuntimeError, ArtifactError) as error:
         raise BrokenError(f"onnxruntime-genai: {error}") from error
     return version("onnxruntime-genai"), answers
 
