@@ -137,7 +137,9 @@ def climbing_of(recipe: Recipe, step: Step, run: OpenRun, student: TorchStudent,
                 bar.advance()
 
     def parity(variant: str, folder: Path, give_up: bool) -> Measured:
-        return measure(folder, variant, student, texts, export.gates, run.options.cpu_threads, give_up)
+        measured = measure(folder, variant, student, texts, export.gates, run.options.cpu_threads, give_up)
+        student.release()  # what is built next needs the memory
+        return measured
 
     def task(variant: str, folder: Path, items: Path) -> list[GateEntry]:
         evaluate_variant(recipe, step, run, variant, folder, items)

@@ -116,7 +116,6 @@ def measure(
     gates += decode_gates(variant, compare_steps(decoder, student, texts.documents, limits.decode_steps), limits)
     if variant == "fp32":
         gates.append(greedy_gate(variant, compare_decoding(decoder, student, texts.prompts, limits)))
-    student.release()
     say(
         f"export: {variant}: mean KL {parity.mean_kl:.2g} nats, top-1 {parity.top1_agreement:.2%} of"
         f" {parity.positions}, perplexity {parity.perplexity_ratio:.4f} of the student's"
