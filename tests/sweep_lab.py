@@ -119,12 +119,15 @@ class Scripted:
             elif self.script and (said := self.script(job, self.started[identity])):
                 outcome = said
             else:
-                outcome = self._finish(job) if seen + 1 >= self.looks else None
+                outcome = self._finish(job) if seen + 1 >= self.looks_of(job) else None
                 self.running[identity] = (job, seen + 1)
             if outcome:
                 del self.running[identity]
                 found.append(outcome)
         return found
+
+    def looks_of(self, job: Job) -> int:
+        return self.looks
 
     def _finish(self, job: Job) -> Ended:
         with open_run(step_of(job), RunOptions(Path(job.runs))) as run:

@@ -96,6 +96,17 @@ def test_stages_run_at_once_within_the_slots_and_get_their_threads(
     assert max(executor.started.values()) == 1
 
 
+def test_a_stage_that_runs_while_others_end_is_not_begun_again(
+    lab: Any, tmp_path: Path, student_sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = student_sweep(grid={"student.phases.0.lr": [1e-4, 2e-4]}, resources={"cpus": 8})
+    executor = lab.Scripted()
+    monkeypatch.setattr(executor, "looks_of", lambda job: 12 if job.label.startswith("eval:base") else 1)
+    outcome = run_sweep(path, options(tmp_path), executor)
+    assert outcome.done == 2 and executor.most_at_once >= 2
+    assert max(executor.started.values()) == 1 and len(executor.started) == outcome.stages
+
+
 def test_memory_and_gpus_bound_what_runs_at_once(lab: Any, tmp_path: Path, student_sweep: Callable[..., Path]) -> None:
     path = student_sweep(
         grid={"student.phases.0.lr": [1e-4, 2e-4, 3e-4]},
