@@ -8,11 +8,13 @@ the result is a plain transformers model that can be saved. Attention that stays
 import contextlib
 import copy
 import ctypes
+import functools
 import importlib.util
 import io
 import json
 import logging
 import os
+import re
 import struct
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -23,6 +25,10 @@ from distill.records import digest_json
 from distill.runs import DigestCache, RunOptions
 
 FAMILIES = ("llama", "qwen2", "qwen3")
+ROWS_APART = 64
+"""Rows of a GGUF file's embedding between two that are compared with its head."""
+QUANTIZED_TOGETHER = 32
+"""Values that share a scale in a GGUF file; none of its types share one among fewer than 16."""
 DTYPE_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 """torch's name of each precision of a recipe."""
 
@@ -218,11 +224,9 @@ def _restore_pre_tokenizer(tokenizer: Any, source: ModelSource) -> None:
 
     SmolLM's tokenizer would otherwise split a run of newlines before a number, which the model never saw.
     """
-    import gguf
     from tokenizers import pre_tokenizers
 
-    assert source.folder is not None and source.gguf is not None
-    kind = gguf.GGUFReader(source.folder / source.gguf).fields.get("tokenizer.ggml.pre")
+    kind = _gguf_reader(source).fields.get("tokenizer.ggml.pre")
     if kind is not None and kind.contents() == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -242,7 +246,51 @@ def _load_config(source: ModelSource) -> Any:
         config = AutoConfig.from_pretrained(source.where, **_from_pretrained(source))
     if config.model_type not in FAMILIES:
         raise ModelError(f"{source.name}: a {config.model_type!r} model; students are {', '.join(FAMILIES)}")
+    if source.gguf and _stored_twice(source):
+        config.tie_word_embeddings = True
     return config
+
+
+def _stored_twice(source: ModelSource) -> bool:
+    """Whether a GGUF file has embedding and head apart although they are one matrix.
+
+    Quantizers give the head more bits. It is the same matrix where each value of the embedding is within a step of its
+    grid from the head's: rounding, or being clipped at an end of a block's range, moves none further. Every
+    `ROWS_APART`-th row is read.
+    """
+    import gguf
+    import numpy as np
+
+    tensors = {tensor.name: tensor for tensor in _gguf_reader(source).tensors}
+    embedding, head = (tensors.get(name) for name in ("token_embd.weight", "output.weight"))
+    if embedding is None or head is None or list(embedding.shape) != list(head.shape) or _bits(head) < _bits(embedding):
+        return False
+    coarse, fine = (
+        gguf.dequantize(one.data[::ROWS_APART], one.tensor_type).reshape(-1, QUANTIZED_TOGETHER)
+        for one in (embedding, head)
+    )
+    bits = _bits(embedding)
+    steps = (coarse.max(-1) - coarse.min(-1)) / (2**bits - 1) if bits < 16 else np.zeros(len(coarse))
+    return bool((np.abs(fine - coarse) > 1.01 * steps[:, None]).mean() < 1e-3)
+
+
+def _bits(tensor: Any) -> int:
+    """Bits of a GGUF tensor's values, as its type is named: Q5_0, IQ4_NL, BF16."""
+    return int(re.findall(r"\d+", tensor.tensor_type.name)[0])
+
+
+def _gguf_reader(source: ModelSource) -> Any:
+    """The parsed header of a GGUF file, which takes seconds where the vocabulary is large."""
+    assert source.folder is not None and source.gguf is not None
+    path = source.folder / source.gguf
+    return _read_gguf(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_gguf(path: Path, _: int) -> Any:
+    import gguf
+
+    return gguf.GGUFReader(path)
 
 
 def require_context(where: str, config: Any, tokens: int) -> None:
@@ -258,7 +306,8 @@ def require_context(where: str, config: Any, tokens: int) -> None:
 def load_model(source: ModelSource, dtype: str = "float32", device: str = "cpu", attention: str = "sdpa") -> Any:
     """A plain causal language model in `dtype` (`float32` or `bfloat16`) on a device, in evaluation mode.
 
-    A GGUF file is dequantised and copied into a plain model of its architecture, which can be saved. Raises
+    A GGUF file is dequantised and copied into a plain model of its architecture, which can be saved; embedding and
+    head that the file rounded from one matrix share the one in more bits again. Raises
     ModelError naming what is missing and what to do; weights that the file lacks are never made up.
     """
     require_torch()
@@ -267,7 +316,7 @@ def load_model(source: ModelSource, dtype: str = "float32", device: str = "cpu",
 
     from distill.attention import register_attention
 
-    load_config(source)
+    config = load_config(source)
     register_attention()
     with _explained(source), quiet_loading():
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -279,7 +328,7 @@ def load_model(source: ModelSource, dtype: str = "float32", device: str = "cpu",
         )
     _check_filled(source, found["missing_keys"], found["unexpected_keys"])
     if source.gguf:
-        model = _plain_copy(model, attention, getattr(torch, dtype))
+        model = _plain_copy(model, config.tie_word_embeddings, attention, getattr(torch, dtype))
     return model.to(device).eval()
 
 
@@ -297,7 +346,7 @@ def _check_filled(source: ModelSource, missing: Collection[str], unexpected: Col
             )
 
 
-def _plain_copy(model: Any, attention: str, dtype: Any) -> Any:
+def _plain_copy(model: Any, tied: bool, attention: str, dtype: Any) -> Any:
     """The same weights in a model that carries no trace of GGUF and so can be saved."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -305,15 +354,16 @@ def _plain_copy(model: Any, attention: str, dtype: Any) -> Any:
     values = model.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "dtype"):
         values.pop(key, None)
-    config = type(model.config)(**values)
+    config = type(model.config)(**values | {"tie_word_embeddings": tied})
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    if tied and not model.config.tie_word_embeddings:
+        state["model.embed_tokens.weight"] = state.pop("lm_head.weight")  # the one in more bits
     plain = plain.to_empty(device="cpu").to(dtype)
     missing, unexpected = plain.load_state_dict(state, strict=False)
     plain.tie_weights()
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if set(missing) - tied or unexpected:
+    if set(missing) - ({"lm_head.weight"} if tied else set()) or unexpected:
         raise ModelError(f"the GGUF file does not fill its architecture: missing {missing}, unexpected {unexpected}")
     _recompute_buffers(plain)
     plain.generation_config = GenerationConfig.from_model_config(config)
@@ -420,6 +470,12 @@ def keep_freed_memory() -> None:
         return
     mallopt(M_MMAP_THRESHOLD, 1 << 30)
     mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def return_freed_memory() -> None:
+    """Let glibc return to the kernel what `keep_freed_memory` has it keep: milliseconds, and more to get it back."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

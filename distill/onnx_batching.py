@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 Logits = NDArray[np.float32]
 Views = dict[str, NDArray[np.floating[Any]]]
 Forward = Callable[[NDArray[Any], NDArray[Any], Views], Logits]
-"""Runs T new tokens [B, T] of each row behind its cached ones [B]; logits [B, T, vocabulary]. Writes into the views."""
+"""Runs T new tokens [B, T] of each row behind its cached ones [B]; logits [B, T or 1, vocabulary], of the last token
+at least. Writes into the views."""
 
 PREFILL_CHUNK = 256
-"""Prompt tokens run at once: their logits over the whole vocabulary are what costs memory."""
+"""Prompt tokens run at once, between two steps of the texts that are being written."""
 SHARED_LEAST = 16
 """Tokens at the start of a prompt that must be in the cache already for a copy to pay."""
 NUCLEUS_GUESS = 256

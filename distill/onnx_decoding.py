@@ -23,6 +23,9 @@ from distill.errors import EngineError, MissingExtraError
 from distill.onnx_batching import PREFILL_CHUNK, Batch, Cache, Logits, Row, Views
 from distill.untrusted import refuse_unsafe_graph
 
+EVERY_POSITION = "every_position"
+"""A constant of our graphs, int64 [1]: 0 as they ship, logits after the last token only; 1 gives them after each."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -60,29 +63,43 @@ class OnnxDecoder:
     """A graph of an artifact, loaded into onnxruntime with `threads` CPU threads.
 
     `path` and `variant` are those of `distill.artifact.locate`.
-    `max_batch` rows decode together, fewer if their cache at full length would exceed `cache_gb`. Raises
+    `max_batch` rows decode together, fewer if their cache at full length would exceed `cache_gb`. With
+    `every_position` the graph computes logits after each token, which `logits` needs and text does not. Raises
     MissingExtraError without onnxruntime, EngineError if the graph cannot be loaded, ArtifactError if it or its
     settings lead out of the folder.
     """
 
     def __init__(
-        self, path: Path, threads: int, max_batch: int = 64, cache_gb: float = 4.0, variant: str | None = None
+        self,
+        path: Path,
+        threads: int,
+        max_batch: int = 64,
+        cache_gb: float = 4.0,
+        variant: str | None = None,
+        every_position: bool = False,
     ) -> None:
         self.graph = locate(path, variant)
         self.shape = read_shape(self.graph.root)
         self.max_batch = max_batch
         self.cache_bytes = int(cache_gb * 2**30)
         self._runtime = _import("onnxruntime")
-        self._session = self._load(threads)
+        self._session = self._load(threads, every_position)
+        declared = next(value.shape for value in self._session.get_outputs() if value.name == "logits")
+        self._last_only = declared[1] == 1 and not every_position
+        self._undeclared = declared[1] == 1 and every_position  # logits come out in a shape that cannot be bound
         halves = any(value.type == "tensor(float16)" for value in self._session.get_inputs())
         self.dtype: type[np.floating[Any]] = np.float16 if halves else np.float32
         """Of keys, values and logits inside the graph."""
         self.providers: list[str] = list(self._session.get_providers())
         """Execution providers that run it."""
 
-    def _load(self, threads: int) -> Any:
+    def _load(self, threads: int, every_position: bool) -> Any:
         options = self._runtime.SessionOptions()
         options.intra_op_num_threads = threads
+        if every_position:
+            self._switch = self._runtime.OrtValue.ortvalue_from_numpy(np.array([1], np.int64))
+            options.add_initializer(EVERY_POSITION, self._switch)  # in place of the file's; nobody else owns it
+            options.enable_cpu_mem_arena = False  # such logits are large, and it would keep twice as much
         options.log_severity_level = 3  # errors only: warnings are about the optimiser, not about results
         path = self.graph.path
         refuse_unsafe_graph(self.graph.root, self.graph.file)
@@ -171,7 +188,10 @@ class OnnxDecoder:
     # --- logits
 
     def logits(self, ids: Sequence[int]) -> Logits:
-        """Logits after each token of one document; float32 [len(ids), vocabulary]. Raises ValueError as `generate`."""
+        """Logits after each token of one document; float32 [len(ids), vocabulary].
+
+        Raises ValueError as `generate`, and where the decoder was not loaded with `every_position`.
+        """
         return self.cached_decode_logits(ids, len(ids))
 
     def cached_decode_logits(self, ids: Sequence[int], n_prefill: int) -> Logits:
@@ -181,6 +201,8 @@ class OnnxDecoder:
                 f"{len(ids)} tokens with a prefill of {n_prefill}: both must be at least 1, the prefill no longer than"
                 f" the text, the text no longer than the context of {self.shape.context}"
             )
+        if self._last_only:
+            raise ValueError("logits after each token take a decoder that was loaded with every_position=True")
         views = Cache(self.shape, 1, len(ids), self.dtype).rows(0, 1)
         out_TV = np.empty((len(ids), self.shape.vocabulary), np.float32)
         starts = [*range(0, n_prefill, PREFILL_CHUNK), *range(n_prefill, len(ids))]
@@ -189,7 +211,7 @@ class OnnxDecoder:
         return out_TV
 
     def _forward(self, ids_BT: NDArray[Any], cached_B: NDArray[Any], views: Views) -> Logits:
-        """Run T new tokens of each row behind its `cached_B` tokens; logits [B, T, vocabulary].
+        """Run T new tokens of each row behind its `cached_B` tokens; logits [B, T or 1, vocabulary].
 
         Rows may have different lengths only when T is 1: the kernel reads a row's length from its mask and takes the
         new tokens to be its last. Keys and values are written in place.
@@ -197,7 +219,6 @@ class OnnxDecoder:
         batch, count = ids_BT.shape
         lengths_B = cached_B + count
         mask_BS = (np.arange(lengths_B.max())[None] < lengths_B[:, None]).astype(np.int64)
-        out_BTV = np.empty((batch, count, self.shape.vocabulary), self.dtype)
         binding = self._session.io_binding()
         wrap = self._runtime.OrtValue.ortvalue_from_numpy
         binding.bind_ortvalue_input("input_ids", wrap(ids_BT.astype(np.int64)))
@@ -206,8 +227,14 @@ class OnnxDecoder:
             value = wrap(array)
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
-        binding.bind_ortvalue_output("logits", wrap(out_BTV))
+        if self._undeclared:
+            binding.bind_output("logits")
+        else:
+            out_BTV = np.empty((batch, 1 if self._last_only else count, self.shape.vocabulary), self.dtype)
+            binding.bind_ortvalue_output("logits", wrap(out_BTV))
         self._session.run_with_iobinding(binding)
+        if self._undeclared:
+            out_BTV = binding.get_outputs()[-1].numpy()
         if not np.isfinite(out_BTV[:, -1].max()):
             raise EngineError(
                 f"{self.graph.path}: the model's logits are not finite; its weights are damaged or overflow"
@@ -255,13 +282,13 @@ class GenaiDecoder:
         prompt = tokenizer.apply_chat_template(json.dumps([dict(one) for one in messages]), add_generation_prompt=True)
         return prompt, [int(token) for token in tokenizer.encode(prompt)]
 
-    def preferred(self, ids: Sequence[int]) -> list[int]:
-        """The likeliest token after each of the ids; [len(ids)]."""
+    def preferred(self, ids: Sequence[int], places: range) -> list[int]:
+        """The likeliest token after each of some places in a text, which are fed one by one; [len(places)]."""
         generator = self._generator(len(ids) + 1)
         found: list[int] = []
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            generator.append_tokens(np.array(ids[start : start + PREFILL_CHUNK], np.int32))
-            found += generator.get_output("logits")[0].argmax(-1).tolist()
+        for start, place in zip((0, *(one + 1 for one in places)), places):
+            generator.append_tokens(np.array(ids[start : place + 1], np.int32))
+            found.append(int(generator.get_output("logits")[0, -1].argmax()))
         return found
 
     def _generator(self, max_length: int) -> Any:

@@ -21,7 +21,7 @@ from distill.rows import check_file, hub_root
 from distill.runs import STAGE_FILE, DigestCache, RunOptions, Step
 from distill.verifiers import resolve
 
-STAGE_VERSIONS = {"prompts": 1, "generate": 1, "select": 2, "prune": 1, "score": 1, "train": 2, "eval": 1, "export": 3}
+STAGE_VERSIONS = {"prompts": 1, "generate": 1, "select": 2, "prune": 1, "score": 1, "train": 2, "eval": 1, "export": 4}
 """Bumped when a stage gives other results for the same recipe (a changed default is such a change)."""
 
 STAGES = {

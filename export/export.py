@@ -17,7 +17,15 @@ from distill.config import ExportConfig, Recipe
 from distill.errors import ExportError, MissingExtraError
 from distill.evaluation import difference, evaluate, load_summary, onnx_engine, read_items, retained
 from distill.format import set_template
-from distill.models import ModelSource, find_model, load_config, load_model, load_tokenizer, set_threads
+from distill.models import (
+    ModelSource,
+    find_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    return_freed_memory,
+    set_threads,
+)
 from distill.onnx_decoding import GenaiDecoder, OnnxDecoder
 from distill.plan import set_sources
 from distill.progress import progress, say
@@ -229,6 +237,8 @@ def golden_prompts(
             GoldenPrompt(variant=variant, prompt_ids=tuple(ids), expected_ids=tuple(tokens))
             for ids, tokens in zip(chosen, expected)
         ]
+        del genai, ours
+        return_freed_memory()
     return golden, gates
 
 

@@ -8,6 +8,7 @@ Nothing here runs the graph: see `parity` and `distill.onnx_decoding`.
 """
 
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -21,10 +22,12 @@ from typing import Any, NamedTuple
 
 from distill.artifact import GENAI_CONFIG, VARIANT_FILES, data_file
 from distill.errors import ExportError, MissingExtraError
-from distill.models import find_model, load_config, load_tokenizer
+from distill.models import find_model, load_config, load_tokenizer, return_freed_memory
+from distill.onnx_decoding import EVERY_POSITION
 from distill.records import write_json
 from distill.runs import PARTIAL, library_versions
 
+from .last_position import keep_last_position
 from .quantize import Rounded, write_weights
 from .schemes import VARIANTS, Matrix, Scheme, Weight, expected_matrices, first_scheme
 
@@ -81,7 +84,10 @@ def build_variant(
     part = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(part, ignore_errors=True)
     run_builder(checkpoint, config, scheme, part)
+    gc.collect()  # its graph, with all weights, is a knot of cycles
+    return_freed_memory()
     check_graph(part / BUILDER_GRAPH, config, scheme)
+    _rewrite(part / BUILDER_GRAPH)
     for matrices in rounded:
         write_weights(part / BUILDER_GRAPH, part / f"{BUILDER_GRAPH}.data", matrices)
     place_graph(part, VARIANT_FILES[variant])
@@ -134,6 +140,15 @@ def run_builder(checkpoint: Path, config: Any, scheme: Scheme, folder: Path) -> 
             ) from error
 
 
+def _rewrite(path: Path) -> None:
+    """Let a built graph's file predict after the last token only; its weights stay where they are."""
+    import onnx_ir
+
+    model = onnx_ir.load(path)
+    keep_last_position(model.graph)
+    path.write_bytes(onnx_ir.to_proto(model).SerializeToString(deterministic=True))
+
+
 def place_graph(folder: Path, file: str) -> None:
     """Move the builder's graph and its weights to `file`, a relative path in `folder`.
 
@@ -183,8 +198,8 @@ def _quantization(config: Any, scheme: Scheme) -> dict[str, Any]:
         "symmetric": scheme.symmetric,
         "block_size": scheme.block_size,
         "accuracy_level": scheme.accuracy_level,
-        # GPTQ's matrices are written over what the builder rounds, but the head's.
-        "method": "k_quant" if scheme.method == "gptq" else scheme.method,
+        # GPTQ's matrices are written over what the builder rounds.
+        "method": "rtn" if scheme.method == "gptq" else scheme.method,
         # Gather is the embedding. Untied, it stays fp32: the quantizer knows no 8-bit rows of its own.
         "op_types": ["MatMul", "Gather"] if config.tie_word_embeddings else ["MatMul"],
         "overrides": overrides,
@@ -414,7 +429,7 @@ def weight_bytes(path: Path) -> Weight:
 
     sizes = dict.fromkeys(Weight._fields, 0)
     for name, value in onnx_ir.load(path).graph.initializers.items():
-        if value.const_value is not None:
+        if value.const_value is not None and name != EVERY_POSITION:
             sizes[_part_of(name)] += value.const_value.nbytes
     return Weight(**sizes)
 

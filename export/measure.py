@@ -4,6 +4,7 @@ Everything runs on the CPU provider; what needs another device is a gate that wa
 """
 
 import copy
+import gc
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from distill.artifact import locate
 from distill.config import Gates
-from distill.models import find_model, load_model
+from distill.models import find_model, load_model, return_freed_memory
 from distill.onnx_decoding import OnnxDecoder
 from distill.progress import say
 
@@ -64,6 +65,7 @@ class TorchStudent:
         if "model" in vars(self):
             _ = self._head
             del self.model
+        return_freed_memory()
 
     def logits(self, ids: Sequence[int]) -> Logits:
         """Logits after each of the ids; float32 [len(ids), vocabulary]."""
@@ -76,6 +78,7 @@ class TorchStudent:
                 with faster_linears(self.model):
                     found = self.model.get_decoder()(input_ids=torch.tensor([read]), use_cache=False)
                 self._hidden[read] = found.last_hidden_state[0]
+                return_freed_memory()  # what is kept would otherwise lie between holes of what is not
             with faster_linears(self._head):
                 return np.asarray(self._head(self._hidden[read]).numpy())
 
@@ -104,7 +107,8 @@ def measure(
     """
     graph = locate(artifact, variant)
     found = check_weights(graph.path)
-    decoder = OnnxDecoder(artifact, threads, variant=variant)
+    gc.collect()  # the file is mapped as long as the graph, a knot of cycles, is there
+    decoder = OnnxDecoder(artifact, threads, variant=variant, every_position=True)
     gates = [structure_gate(variant, found.matrices, found.layers, decoder.providers)]
     gates += [provider_gate(variant, provider) for provider in PROVIDERS.get(variant, ())]
     if give_up:

@@ -19,7 +19,7 @@ from torch import Tensor
 from distill.errors import ExportError
 from distill.products import faster_linears, product
 
-from .schemes import Scheme
+from .schemes import HEAD, Scheme
 
 DAMPING = 0.01
 """Share of the moments' mean diagonal that is added to it: hardly used inputs must not make the inverse explode."""
@@ -27,6 +27,8 @@ MADE_UP = 0.4
 """Share of an earlier loss that a matrix is to make up for: more of it fits the calibration texts too closely."""
 COLUMNS_AT_ONCE = 128
 """Columns rounded before their errors are moved onto all that follow; a matter of speed only."""
+ROWS_AT_ONCE = 4096
+"""Rows of a head that are rounded together; a matter of memory only."""
 SHRINKS = tuple(1 - 0.05 * step for step in range(8))
 """Shares of a block's range that are tried: clipping its extremes may lose less than a coarse grid does."""
 GROUPS = {
@@ -108,6 +110,18 @@ def best_grid(weights_NK: Tensor, importance_K: Tensor, bits: int, block_size: i
     return Grid(bits, block_size, best_scales_NB, best_zeros_NB)
 
 
+def nearest(weights_NK: Tensor, bits: int, block_size: int) -> Rounded:
+    """Round a matrix to the nearest values of its best grids, `ROWS_AT_ONCE` rows at a time."""
+    parts = []
+    for rows in weights_NK.split(ROWS_AT_ONCE):
+        grid = best_grid(rows, torch.ones(rows.shape[1]), bits, block_size)
+        wide = grid.scales_NB[..., None], grid.zeros_NB[..., None]
+        integers = _integers(rows.reshape(len(rows), -1, block_size), *wide, bits)
+        parts.append(Rounded(grid, integers.reshape(rows.shape)))
+    scales, zeros = (torch.cat([getattr(part.grid, name) for part in parts]) for name in ("scales_NB", "zeros_NB"))
+    return Rounded(Grid(bits, block_size, scales, zeros), torch.cat([part.integers_NK for part in parts]))
+
+
 def _kept_shares() -> list[tuple[float, float]]:
     """How much of the range below and above zero is kept: all, both shrunk alike, or either shrunk alone."""
     return list(dict.fromkeys(pair for share in SHRINKS for pair in ((share, share), (1.0, share), (share, 1.0))))
@@ -182,9 +196,10 @@ def _inverse_factor(moments_KK: Tensor) -> Tensor:
 def gptq(model: Any, documents: Sequence[Sequence[int]], scheme: Scheme) -> Iterator[dict[str, Rounded]]:
     """Round the layers of a transformers model (Llama, Qwen2, Qwen3; fp32) one by one, as the graph's matrices.
 
-    Yields for each layer its matrices by node name. `documents` are token ids to calibrate on. The model's weights
-    become the rounded ones on the way. Layers of `scheme.wide_layers` take 8 bits. Raises ExportError without
-    documents.
+    Yields for each layer its matrices by node name, with the last one's the head's, whose errors meet no later column:
+    a tied one is the embedding too, so its values are the nearest of their grids. `documents` are token ids to
+    calibrate on. The model's weights become the rounded ones on the way, the head's excepted. Layers of
+    `scheme.wide_layers` take 8 bits. Raises ExportError without documents.
     """
     if not documents:
         raise ExportError("GPTQ needs texts to calibrate on, and there are none")
@@ -193,10 +208,13 @@ def gptq(model: Any, documents: Sequence[Sequence[int]], scheme: Scheme) -> Iter
         for number, layer in enumerate(model.model.layers):
             moments, exact = _moments(layer, exact, inputs)
             bits = scheme.layer_bits(number)
-            yield {
+            rounded = {
                 f"/model/layers.{number}/{part}/MatMul": _round_modules(layer, names, moments[names[0]], bits, scheme)
                 for part, names in GROUPS.items()
             }
+            if layer is model.model.layers[-1]:
+                rounded[HEAD] = nearest(model.lm_head.weight, scheme.head_bits, scheme.block_size)
+            yield rounded
             inputs = [(_first(layer(hidden, **context)), context) for hidden, context in inputs]
 
 

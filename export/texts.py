@@ -15,7 +15,7 @@ from distill.config import ExportConfig, Recipe
 from distill.errors import ExportError
 from distill.evaluation import read_items, set_prompts
 from distill.format import encode_document, encode_prompt, render_prompt, with_system
-from distill.models import ModelSource, load_tokenizer
+from distill.models import ModelSource, load_tokenizer, return_freed_memory
 from distill.onnx_decoding import OnnxDecoder
 from distill.progress import progress, say
 from distill.records import Example, Message, Prompt, read_records, write_json
@@ -156,6 +156,7 @@ def written_texts(checkpoint: Path, prompts: Sequence[list[int]], tokens: int, r
     path = run.work / "written.json"
     if not path.exists():
         write_json(path, {"pairs": list(_enough(sampled(checkpoint, prompts, 0, run), tokens, run.options))})
+        return_freed_memory()
     return list(json.loads(path.read_text())["pairs"])
 
 
@@ -171,7 +172,8 @@ def calibration_texts(checkpoint: Path, step: Step, recipe: Recipe, tokens: int,
         return list(_up_to((ids[:DOCUMENT_TOKENS] for ids in documents), tokens))
     probes = [Prompt.of([Message(role="user", content=probe)]) for probe in PROBES]
     prompts = [_asked(tokenizer, probe, recipe).ids for probe in probes]
-    written = _enough(sampled(checkpoint, prompts, CALIBRATION_SEED, run), tokens, run.options)
+    written = list(_enough(sampled(checkpoint, prompts, CALIBRATION_SEED, run), tokens, run.options))
+    return_freed_memory()
     return [[*prompt, *answer] for prompt, answer in written]
 
 

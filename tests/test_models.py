@@ -187,8 +187,12 @@ def test_seeded_draws_are_equal_and_the_state_outside_is_untouched() -> None:
 # --- GGUF -----------------------------------------------------------------------------------------------------------
 
 
-def write_gguf(folder: Path, path: Path, tied: bool) -> dict[str, Any]:
+def write_gguf(
+    folder: Path, path: Path, tied: bool, head: Any = None, types: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The tiny Llama in `folder` as a GGUF file in fp32; returns its weights under transformers' names.
+
+    `head` is the head of an untied one (drawn without it); `types` are GGML's of the tensors that are quantized.
 
     Written from the format's own rules: llama.cpp interleaves the halves of every rotary head, and ties by omission.
     """
@@ -199,7 +203,8 @@ def write_gguf(folder: Path, path: Path, tied: bool) -> dict[str, Any]:
     weights = {name: tensor.float().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
     if not tied:
         rng = np.random.default_rng(1)
-        weights["lm_head.weight"] = rng.standard_normal((config["vocab_size"], config["hidden_size"]), np.float32)
+        drawn = rng.standard_normal((config["vocab_size"], config["hidden_size"]), np.float32)
+        weights["lm_head.weight"] = drawn if head is None else head
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -232,7 +237,9 @@ def write_gguf(folder: Path, path: Path, tied: bool) -> dict[str, Any]:
     for name, weight in weights.items():
         stem = name.removesuffix(".weight")
         if stem in top:
-            writer.add_tensor(f"{top[stem]}.weight", weight)
+            kind = (types or {}).get(top[stem])
+            stored = weight if kind is None else gguf.quantize(weight, kind)
+            writer.add_tensor(f"{top[stem]}.weight", stored, raw_dtype=kind)
             continue
         _, _, layer, part = stem.split(".", 3)
         short = names[part]
@@ -279,6 +286,25 @@ def test_a_gguf_file_becomes_a_plain_model_with_the_same_logits_that_can_be_save
     text = "What is 12 + 30?<|im_end|>\n<|im_start|>assistant\n<think>"
     assert ours(text)["input_ids"] == theirs(text)["input_ids"]
     assert ours.eos_token_id == 2 and ours.chat_template == theirs.chat_template
+
+
+@pytest.mark.parametrize(("kind", "moved", "tied"), [("Q4_0", 0.0, True), ("Q5_0", 0.0, True), ("Q5_0", 1.5, False)])
+def test_an_embedding_that_a_gguf_file_stores_again_as_its_head_is_one_table(
+    kind: str, moved: float, tied: bool, tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    """In the head's bits; a head that was trained on is another matrix."""
+    gguf = pytest.importorskip("gguf")
+    table = load_model(find_model(str(tiny_model("llama")))).lm_head.weight.detach().float().numpy()
+    types = {"token_embd": gguf.GGMLQuantizationType[kind], "output": gguf.GGMLQuantizationType.Q8_0}
+    step = np.ptp(table.reshape(-1, 32), axis=1).repeat(32).reshape(table.shape) / (2 ** int(kind[1]) - 1)
+    head = table + moved * step * np.sign(np.random.default_rng(0).standard_normal(table.shape)).astype(np.float32)
+    write_gguf(tiny_model("llama"), tmp_path / "tiny.gguf", tied=False, head=head, types=types)
+    source = find_model(str(tmp_path / "tiny.gguf"))
+    model = load_model(source)
+    assert load_config(source).tie_word_embeddings is model.config.tie_word_embeddings is tied
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    kept = gguf.dequantize(gguf.quantize(head, types["output"]), types["output"])
+    assert np.array_equal(model.lm_head.weight.detach().numpy(), kept)
 
 
 def test_who_loads_a_gguf_file_twice_gets_what_nobody_else_changes_and_a_changed_file_is_read_anew(

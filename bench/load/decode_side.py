@@ -21,11 +21,7 @@ READ = 1 << 26
 
 
 def prepare(given: argparse.Namespace) -> None:
-    """Fill `given.folder`; says the bytes of every variant.
-
-    A GGUF file may store embedding and head apart although the model shares one matrix: it is shared again, as in
-    llama.cpp's own files of tied models.
-    """
+    """Fill `given.folder`; says the bytes of every variant."""
     from distill.artifact import graph_bytes
     from distill.export.graph import build_variant
     from distill.export.schemes import VARIANTS
@@ -33,14 +29,9 @@ def prepare(given: argparse.Namespace) -> None:
 
     source = find_model(given.model)
     assert source.folder and source.gguf, f"{given.model} is no GGUF file"
-    model = load_model(source)
-    if model.lm_head.weight.shape == model.model.embed_tokens.weight.shape:
-        model.config.tie_word_embeddings = True
-        model.model.embed_tokens.weight = model.lm_head.weight
     checkpoint = given.folder / "checkpoint"
-    model.save_pretrained(checkpoint)
+    load_model(source).save_pretrained(checkpoint)
     load_tokenizer(source).save_pretrained(checkpoint)
-    del model
     sizes = {}
     for name in given.variants:
         scheme = VARIANTS[name]

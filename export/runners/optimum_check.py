@@ -8,8 +8,6 @@ import sys
 from importlib.metadata import version
 from typing import Any
 
-CHUNK = 128
-
 
 def main() -> None:
     """Answer one request."""
@@ -35,7 +33,7 @@ def check(request: dict[str, Any]) -> list[dict[str, Any]]:
         length = inputs["input_ids"].shape[1]
         with torch.inference_mode():
             text = model.generate(**inputs, max_new_tokens=request["max_new_tokens"])[0]
-            top1 = preferred(model, case["document"])
+            top1 = preferred(model, case["document"], case["first"], case["count"])
         answers.append(
             {
                 "prompt": tokenizer.apply_chat_template(**rendered, tokenize=False),
@@ -47,18 +45,20 @@ def check(request: dict[str, Any]) -> list[dict[str, Any]]:
     return answers
 
 
-def preferred(model: Any, document: list[int]) -> list[int]:
-    """The preferred token after each token of a document, a chunk at a time: logits are what costs memory."""
+def preferred(model: Any, document: list[int], first: int, count: int) -> list[int]:
+    """The preferred token after each of `count` places from `first` on, which are fed one by one.
+
+    A graph gives logits after the last token that it was fed alone.
+    """
     import torch
 
     found: list[int] = []
-    past = None
-    for start in range(0, len(document), CHUNK):
-        ids = torch.tensor([document[start : start + CHUNK]])
-        mask = torch.ones(1, start + ids.shape[1], dtype=torch.long)
+    past, start = None, 0
+    for end in range(first + 1, first + count + 1):
+        ids, mask = torch.tensor([document[start:end]]), torch.ones(1, end, dtype=torch.long)
         outputs = model(input_ids=ids, attention_mask=mask, past_key_values=past)
-        found += outputs.logits[0].argmax(-1).tolist()
-        past = outputs.past_key_values
+        found.append(int(outputs.logits[0, -1].argmax()))
+        past, start = outputs.past_key_values, end
     return found
 
 

@@ -39,7 +39,7 @@ def test_the_torch_student_is_transformers_model_and_reads_a_text_once(student: 
 
 def test_steps_are_compared_inside_the_answer_alone(exported: Callable[..., Path], torch: TorchStudent) -> None:
     """A prompt's positions were never trained, and nothing is asked after the end token."""
-    decoder = OnnxDecoder(exported(variant="int4"), threads=1)
+    decoder = OnnxDecoder(exported(variant="int4"), threads=1, every_position=True)
     found = compare_steps(decoder, torch, TEXTS.documents, steps=64)
     assert found.positions == len(ANSWER)
     assert compare_steps(decoder, torch, TEXTS.documents, steps=2).positions == 2

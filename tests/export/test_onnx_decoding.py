@@ -54,7 +54,7 @@ def test_fp32_logits_are_torchs_on_prefill_and_on_cached_steps(
 ) -> None:
     ids = some_ids(PREFILL_CHUNK + 60)
     expected = torch_logits(torch_student(family, tied=tied), ids)
-    decoder = OnnxDecoder(exported(family, "fp32", tied=tied), threads=2)
+    decoder = OnnxDecoder(exported(family, "fp32", tied=tied), threads=2, every_position=True)
     scale = np.abs(expected).max()
     assert scale > 1
     for found in (decoder.logits(ids), decoder.cached_decode_logits(ids, len(ids) - 40)):
@@ -68,7 +68,7 @@ def test_a_bf16_checkpoint_is_exported_at_its_own_values(
 ) -> None:
     ids = some_ids(50)
     expected = torch_logits(torch_student("qwen2", dtype="bfloat16"), ids)
-    found = OnnxDecoder(exported("qwen2", "fp32", dtype="bfloat16"), threads=2).logits(ids)
+    found = OnnxDecoder(exported("qwen2", "fp32", dtype="bfloat16"), threads=2, every_position=True).logits(ids)
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
@@ -80,13 +80,13 @@ def test_quantized_logits_are_near_and_eight_bits_are_nearer_than_four(
     expected = torch_logits(torch_student(family), ids)
     error = {}
     for variant in ("fp32", "int8", "int4"):
-        found = OnnxDecoder(exported(family, variant), threads=2).logits(ids)
+        found = OnnxDecoder(exported(family, variant), threads=2, every_position=True).logits(ids)
         error[variant] = float(np.sqrt(np.mean((found - expected) ** 2)) / expected.std())
     assert error["fp32"] < 1e-5 < error["int8"] < 0.05 < error["int4"] < 0.5
 
 
 def test_cached_steps_give_a_quantized_variant_the_same_logits_as_its_prefill(exported: Callable[..., Path]) -> None:
-    decoder = OnnxDecoder(exported(variant="int8"), threads=2)
+    decoder = OnnxDecoder(exported(variant="int8"), threads=2, every_position=True)
     ids = some_ids(64)
     whole, stepwise = decoder.logits(ids), decoder.cached_decode_logits(ids, 1)
     # not to fp32's precision: where the two differ by a rounding, an activation may fall on the other int8 step
@@ -98,9 +98,15 @@ def test_cached_steps_give_a_quantized_variant_the_same_logits_as_its_prefill(ex
 def test_logits_of_a_text_that_cannot_be_run_are_refused(
     exported: Callable[..., Path], length: int, prefill: int
 ) -> None:
-    decoder = OnnxDecoder(exported(), threads=1)
+    decoder = OnnxDecoder(exported(), threads=1, every_position=True)
     with pytest.raises(ValueError, match=f"{length} tokens with a prefill of {prefill}"):
         decoder.cached_decode_logits(some_ids(length), prefill)
+
+
+def test_a_graph_as_it_ships_has_the_last_logits_alone_and_says_so(exported: Callable[..., Path]) -> None:
+    decoder = OnnxDecoder(exported(), threads=1)
+    with pytest.raises(ValueError, match="every_position=True"):
+        decoder.logits(some_ids(5))
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

@@ -168,8 +168,8 @@ def test_a_graph_computes_what_the_builders_graph_computes(
 ) -> None:
     """Odd: three blocks a row, so that the last byte of its 4-bit zero points is half empty."""
     ids = [5, 300, 2, 44, 511, 0, 17]
-    before = OnnxDecoder(exported(variant=variant, hidden_size=hidden_size), threads=1).logits(ids)
-    after = OnnxDecoder(artifact(variants=(variant,), hidden_size=hidden_size), threads=1).logits(ids)
+    folders = exported(variant=variant, hidden_size=hidden_size), artifact(variants=(variant,), hidden_size=hidden_size)
+    before, after = (OnnxDecoder(folder, threads=1, every_position=True).logits(ids) for folder in folders)
     assert np.array_equal(before, after)
 
 

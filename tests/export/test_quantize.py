@@ -14,7 +14,7 @@ from distill.errors import ExportError
 from distill.export import quantize
 from distill.export.graph import build_variant
 from distill.export.quantize import Grid, Moments, Rounded, best_grid, compensated, gptq, packed, retargeted
-from distill.export.schemes import VARIANTS
+from distill.export.schemes import HEAD, VARIANTS
 from distill.onnx_decoding import OnnxDecoder
 
 GPTQ = dataclasses.replace(VARIANTS["int4"], method="gptq", head_bits=8)
@@ -129,13 +129,23 @@ def test_the_graph_computes_with_the_rounded_weights(
     scheme = dataclasses.replace(EXACT, wide_layers=(1,))
     model, matrices = rounded_student(torch_student, family, scheme)
     build_variant(student(family), "int4", tmp_path / "a", scheme, matrices)
-    found = OnnxDecoder(tmp_path / "a", threads=1).logits(TEXTS[0])
-    plain = OnnxDecoder(built(student(family), tmp_path / "b", scheme), threads=1).logits(TEXTS[0])
-    with torch.inference_mode():
+    found = OnnxDecoder(tmp_path / "a", threads=1, every_position=True).logits(TEXTS[0])
+    plain = OnnxDecoder(built(student(family), tmp_path / "b", scheme), threads=1, every_position=True).logits(TEXTS[0])
+    with torch.no_grad():
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        model.lm_head.weight.copy_(matrices[-1][HEAD].values)
         expected = model(torch.tensor([TEXTS[0]])).logits[0].numpy()
-    # the head alone is rounded in the graph only, to 8 bits; the builder's own rounding of the body is another one
-    head = np.abs(found - expected).max()
-    assert head < 0.05 * np.abs(expected).max() and head < 0.5 * np.abs(plain - expected).max()
+    assert found == pytest.approx(expected, abs=1e-4 * float(np.abs(expected).max()))
+    assert np.abs(plain - expected).max() > 0.02 * np.abs(expected).max()  # the builder's own rounding is another one
+
+
+def test_a_large_matrix_is_rounded_in_pieces_as_it_is_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, _ = correlated()
+    whole = quantize.nearest(weights, 8, 32)
+    monkeypatch.setattr(quantize, "ROWS_AT_ONCE", 7)
+    pieces = quantize.nearest(weights, 8, 32)
+    assert torch.equal(whole.values, pieces.values) and torch.equal(whole.values, nearest(weights, whole.grid))
+    assert (whole.values - weights).abs().max() < 0.51 * whole.grid.scales_NB.max()
 
 
 def test_later_layers_make_up_for_what_earlier_ones_lose(monkeypatch: pytest.MonkeyPatch) -> None:

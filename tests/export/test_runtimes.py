@@ -213,12 +213,23 @@ def test_optimum_is_not_asked_about_a_head_that_it_cannot_take(
 CASE = Case([], "p", [1, 2], [1, 2, 3, 4], range(1, 4), [3, 4, 9])
 
 
-def test_top1_counts_the_compared_places_only() -> None:
-    answer = Answer("p", [1, 2], [0, 3, 5, 9], [])  # place 0 is not compared; of 1, 2 and 3 the second differs
-    gate = top1_gate("node", "4", "int8", [CASE], [answer], 0.97)
-    assert gate.value == pytest.approx(2 / 3) and gate.status == "failed"
-    assert top1_gate("node", "4", "int8", [CASE], [answer], 0.6).status == "passed"
+def test_top1_fails_where_it_is_surely_below_the_limit_and_says_where_that_is_not_sure() -> None:
+    def gate(agreed: int, places: int) -> GateEntry:
+        case = CASE._replace(compared=range(places), top1=[1] * places)
+        answer = Answer("p", [1], [1] * agreed + [0] * (places - agreed), [])
+        return top1_gate("node", "4", "int8", [case], [answer], 0.97)
+
+    few, surely, enough = gate(123, 130), gate(1230, 1300), gate(1290, 1300)
+    assert few.status == "passed" and few.value == pytest.approx(123 / 130) and "too few positions" in few.detail
+    assert surely.status == "failed" and surely.value == few.value
+    assert enough.status == "passed" and "too few" not in enough.detail
+    assert gate(110, 130).status == "failed"  # a graph that is wrongly read is found on a few positions too
     assert top1_gate("node", "4", "int8", [], [], 0.6).status == "not_run"
+
+
+def test_an_answer_of_another_length_is_not_compared() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        top1_gate("node", "4", "int8", [CASE], [Answer("p", [1, 2], [3, 4], [])], 0.6)
 
 
 @pytest.mark.parametrize(
