@@ -28,6 +28,8 @@ from .texts import Text, Texts, until
 
 DECODED_TEXTS = 4
 """Texts whose last tokens are fed one by one through the cache."""
+PLACES = 64
+"""Places of an answer that other runtimes are asked about: WebAssembly takes up to a third of a second for each."""
 FIRST_LOOK = 512
 """Positions after which a variant that is far off is given up."""
 HOPELESS = 2.0
@@ -166,12 +168,14 @@ def compare_decoding(decoder: OnnxDecoder, student: TorchStudent, prompts: Seque
 
 
 def cases(student: TorchStudent, texts: Texts, count: int) -> list[Case]:
-    """Questions for other runtimes, with torch's answers: held-out prompts and the texts that begin with them."""
+    """Questions for other runtimes, with torch's answers: held-out prompts and how texts go on that begin with them."""
     asked = {tuple(one.ids): one for one in texts.asked}
     found: list[Case] = []
     for text in texts.documents:
         prompt = asked.get(tuple(text.ids[: text.compared.start + 1]))
         if prompt is not None and len(found) < count:
-            top1 = student.logits(text.ids)[text.compared].argmax(-1).tolist()
-            found.append(Case(prompt.messages, prompt.rendered, prompt.ids, text.ids, text.compared, top1))
+            compared = text.compared[:PLACES]
+            top1 = student.logits(text.ids)[compared].argmax(-1).tolist()
+            document = text.ids[: compared.stop + 1]
+            found.append(Case(prompt.messages, prompt.rendered, prompt.ids, document, compared, top1))
     return found

@@ -123,20 +123,20 @@ def test_a_real_model_says_the_same_in_every_runtime(tmp_path: Path) -> None:
         shutil.copytree(tmp_path / variant, tmp_path / "artifact", dirs_exist_ok=True)
     write_loader_files(tmp_path / "artifact")
     assert end_token_gate(tmp_path / "artifact").status == "passed"
-    cases = cases_of(tmp_path / "checkpoint", model, PROBES, 96)
+    cases = cases_of(tmp_path / "checkpoint", model, PROBES, 64)
     # Four bits cost this untrained model far more than they cost a student, whatever the runtime: a loose bar, which a
     # graph that is wrongly read would still miss. WebAssembly multiplies int8 and int4 slowly: fewer questions.
-    few = ("genai", "node", "optimum")
+    fast, page = ("genai", "node", "optimum"), ("browser",)
     for variant, min_top1, runtimes, asked in (
-        ("fp32", 0.999, (), cases), ("int8", 0.97, few, cases), ("int4", 0.7, few, cases),
-        ("int8", 0.9, ("browser",), cases[:2]), ("int4", 0.6, ("browser",), cases[:2]),
+        ("fp32", 0.999, fast, cases), ("int8", 0.97, fast, cases), ("int4", 0.7, fast, cases),
+        ("fp32", 0.999, page, cases[:4]), ("int8", 0.9, page, cases[:2]), ("int4", 0.6, page, cases[:2]),
     ):  # fmt: skip
         gates = runtime_gates(
-            tmp_path / "artifact", variant, asked, min_top1, runtimes=runtimes, max_new_tokens=48, threads=2
+            tmp_path / "artifact", variant, asked, min_top1, runtimes=runtimes, max_new_tokens=24, threads=2
         )
         print(*(f"{gate.name} {variant} {gate.status} {gate.value} {gate.detail}" for gate in gates), sep="\n")
         assert "failed" not in statuses(gates).values(), gates
-        assert len(gates) == 3 * len(runtimes or RUNTIMES)
+        assert len(gates) == 3 * len(runtimes)
         assert all(gate.status == "passed" for gate in gates if not gate.name.endswith("stops")), gates
 
 
