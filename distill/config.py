@@ -1205,8 +1205,8 @@ class Gates(Section):
     max_kl: dict[Variant, float] = {"fp32": 1e-4, "fp16": 1e-3, "int8": 0.01, "int4": 0.05, "q4f16": 0.05}
     """Largest mean KL(torch || variant) in nats a token, over whole texts and over cached steps."""
     min_top1: dict[Variant, float] = {"fp32": 0.999, "fp16": 0.995, "int8": 0.97, "int4": 0.93, "q4f16": 0.93}
-    """Smallest share of positions where both prefer the same token; another runtime, asked about few, fails where the
-    95% interval of its share lies below."""
+    """Smallest share of positions where both prefer the same token; another runtime, asked about few, fails where it is
+    surely below."""
     max_perplexity: dict[Variant, float] = {"fp32": 1.001, "fp16": 1.005, "int8": 1.02, "int4": 1.05, "q4f16": 1.05}
     """Largest ratio of the variant's perplexity on the held-out tokens to the torch student's."""
     max_accuracy_drop: float = Field(default=0.05, ge=0)

@@ -8,7 +8,6 @@ the result is a plain transformers model that can be saved. Attention that stays
 import contextlib
 import copy
 import ctypes
-import functools
 import importlib.util
 import io
 import json
@@ -25,10 +24,12 @@ from distill.records import digest_json
 from distill.runs import DigestCache, RunOptions
 
 FAMILIES = ("llama", "qwen2", "qwen3")
+GGUF_READER = "one-table"
+"""Changed where the same GGUF file becomes another model."""
 ROWS_APART = 64
 """Rows of a GGUF file's embedding between two that are compared with its head."""
-QUANTIZED_TOGETHER = 32
-"""Values that share a scale in a GGUF file; none of its types share one among fewer than 16."""
+SCALED_TOGETHER = 32
+"""Values of a quantized row whose range is taken together: as many as share a scale, or twice as many."""
 DTYPE_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 """torch's name of each precision of a recipe."""
 
@@ -139,10 +140,11 @@ def check_safetensors(path: Path) -> None:
 def model_digest(source: ModelSource, cache: DigestCache) -> str:
     """What identifies a model's content: a digest for local files, the resolved commit for a hub id.
 
-    A hub that cannot be reached leaves the revision as given, marked `unresolved`.
+    A hub that cannot be reached leaves the revision as given, marked `unresolved`. That of a GGUF file names what we
+    make of it, so that no run goes on with another model than it began with.
     """
     if source.folder and source.gguf:
-        return cache.of(source.folder / source.gguf)
+        return f"{cache.of(source.folder / source.gguf)}:{GGUF_READER}"
     if source.folder:
         return cache.of(source.folder)
     return f"{source.name}@{hub_commit(source.name, source.revision)}"
@@ -226,8 +228,7 @@ def _restore_pre_tokenizer(tokenizer: Any, source: ModelSource) -> None:
     """
     from tokenizers import pre_tokenizers
 
-    kind = _gguf_reader(source).fields.get("tokenizer.ggml.pre")
-    if kind is not None and kind.contents() == "smollm":
+    if _parsed_once("gguf", source, _read_gguf).pre_tokenizer == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
@@ -244,53 +245,57 @@ def _load_config(source: ModelSource) -> Any:
 
     with _explained(source), quiet_loading():
         config = AutoConfig.from_pretrained(source.where, **_from_pretrained(source))
-    if config.model_type not in FAMILIES:
-        raise ModelError(f"{source.name}: a {config.model_type!r} model; students are {', '.join(FAMILIES)}")
-    if source.gguf and _stored_twice(source):
-        config.tie_word_embeddings = True
+        if config.model_type not in FAMILIES:
+            raise ModelError(f"{source.name}: a {config.model_type!r} model; students are {', '.join(FAMILIES)}")
+        if source.gguf and not config.tie_word_embeddings:
+            config.tie_word_embeddings = _parsed_once("gguf", source, _read_gguf).one_table
     return config
 
 
-def _stored_twice(source: ModelSource) -> bool:
-    """Whether a GGUF file has embedding and head apart although they are one matrix.
+class _Gguf(NamedTuple):
+    """What transformers does not read of a GGUF file."""
 
-    Quantizers give the head more bits. It is the same matrix where each value of the embedding is within a step of its
-    grid from the head's: rounding, or being clipped at an end of a block's range, moves none further. Every
-    `ROWS_APART`-th row is read.
+    pre_tokenizer: str | None
+    one_table: bool
+    """Whether embedding and head, though stored apart, are one matrix."""
+
+
+def _read_gguf(source: ModelSource) -> _Gguf:
+    import gguf
+
+    assert source.folder is not None and source.gguf is not None
+    reader = gguf.GGUFReader(source.folder / source.gguf)  # takes seconds and half a gigabyte of a large vocabulary
+    kind = reader.fields.get("tokenizer.ggml.pre")
+    tables = {tensor.name: tensor for tensor in reader.tensors}
+    embedding, head = tables.get("token_embd.weight"), tables.get("output.weight")
+    one_table = embedding is not None and head is not None and _rounded_alike(embedding, head)
+    return _Gguf(None if kind is None else str(kind.contents()), one_table)
+
+
+def _rounded_alike(embedding: Any, head: Any) -> bool:
+    """Whether two tensors of a GGUF file are one matrix, the head in as many bits or more, as quantizers store it.
+
+    Each value of the embedding must be within a step of its grid from the head's: rounding, or being clipped at an end
+    of a block's range, moves none further. A head that was trained apart is further off; in fewer than four bits it
+    could not be told from one that was not, and is taken for such a one. Every `ROWS_APART`-th row is read.
     """
     import gguf
     import numpy as np
 
-    tensors = {tensor.name: tensor for tensor in _gguf_reader(source).tensors}
-    embedding, head = (tensors.get(name) for name in ("token_embd.weight", "output.weight"))
-    if embedding is None or head is None or list(embedding.shape) != list(head.shape) or _bits(head) < _bits(embedding):
-        return False
-    coarse, fine = (
-        gguf.dequantize(one.data[::ROWS_APART], one.tensor_type).reshape(-1, QUANTIZED_TOGETHER)
-        for one in (embedding, head)
-    )
     bits = _bits(embedding)
-    steps = (coarse.max(-1) - coarse.min(-1)) / (2**bits - 1) if bits < 16 else np.zeros(len(coarse))
-    return bool((np.abs(fine - coarse) > 1.01 * steps[:, None]).mean() < 1e-3)
+    if list(embedding.shape) != list(head.shape) or not 4 <= bits <= _bits(head):
+        return False
+    coarse, fine = (gguf.dequantize(one.data[::ROWS_APART], one.tensor_type) for one in (embedding, head))
+    if bits >= 16:
+        return bool(np.array_equal(coarse, fine))
+    blocks, others = (values.reshape(-1, SCALED_TOGETHER) for values in (coarse, fine))
+    steps = np.ptp(blocks, axis=-1, keepdims=True) / (2**bits - 1)
+    return bool((np.abs(others - blocks) > 1.01 * steps).mean() < 1e-3)
 
 
 def _bits(tensor: Any) -> int:
     """Bits of a GGUF tensor's values, as its type is named: Q5_0, IQ4_NL, BF16."""
     return int(re.findall(r"\d+", tensor.tensor_type.name)[0])
-
-
-def _gguf_reader(source: ModelSource) -> Any:
-    """The parsed header of a GGUF file, which takes seconds where the vocabulary is large."""
-    assert source.folder is not None and source.gguf is not None
-    path = source.folder / source.gguf
-    return _read_gguf(path, path.stat().st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=1)
-def _read_gguf(path: Path, _: int) -> Any:
-    import gguf
-
-    return gguf.GGUFReader(path)
 
 
 def require_context(where: str, config: Any, tokens: int) -> None:
@@ -466,7 +471,7 @@ def keep_freed_memory() -> None:
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):
         return
     mallopt(M_MMAP_THRESHOLD, 1 << 30)
     mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
@@ -474,7 +479,7 @@ def keep_freed_memory() -> None:
 
 def return_freed_memory() -> None:
     """Let glibc return to the kernel what `keep_freed_memory` has it keep: milliseconds, and more to get it back."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 

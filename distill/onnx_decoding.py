@@ -86,7 +86,7 @@ class OnnxDecoder:
         self._session = self._load(threads, every_position)
         declared = next(value.shape for value in self._session.get_outputs() if value.name == "logits")
         self._last_only = declared[1] == 1 and not every_position
-        self._undeclared = declared[1] == 1 and every_position  # logits come out in a shape that cannot be bound
+        self._unbound_logits = declared[1] == 1 and every_position  # logits come out in a shape that cannot be bound
         halves = any(value.type == "tensor(float16)" for value in self._session.get_inputs())
         self.dtype: type[np.floating[Any]] = np.float16 if halves else np.float32
         """Of keys, values and logits inside the graph."""
@@ -190,25 +190,39 @@ class OnnxDecoder:
     def logits(self, ids: Sequence[int]) -> Logits:
         """Logits after each token of one document; float32 [len(ids), vocabulary].
 
-        Raises ValueError as `generate`, and where the decoder was not loaded with `every_position`.
+        Raises ValueError as `generate`, and where the decoder was not loaded with `every_position`; EngineError for a
+        graph that gives the last ones all the same.
         """
-        return self.cached_decode_logits(ids, len(ids))
+        if self._last_only:
+            raise ValueError("logits after each token take a decoder that was loaded with every_position=True")
+        out_TV, done = np.empty((len(ids), self.shape.vocabulary), np.float32), 0
+        for piece_TV in self._read(ids, len(ids)):
+            if len(piece_TV) != min(PREFILL_CHUNK, len(ids) - done):
+                raise EngineError(f"{self.graph.path}: gives logits after the last token alone; export it again")
+            out_TV[done : done + len(piece_TV)] = piece_TV
+            done += len(piece_TV)
+        return out_TV
 
     def cached_decode_logits(self, ids: Sequence[int], n_prefill: int) -> Logits:
-        """The same logits, with all tokens after the first `n_prefill` fed one by one through the cache."""
+        """Logits after the first `n_prefill` tokens and after each that follows, fed one by one through the cache.
+
+        float32 [len(ids) - n_prefill + 1, vocabulary]. Raises ValueError as `generate`.
+        """
+        pieces = list(self._read(ids, n_prefill))
+        prefilled = -(-n_prefill // PREFILL_CHUNK)
+        return np.concatenate([pieces[prefilled - 1][-1:], *pieces[prefilled:]])
+
+    def _read(self, ids: Sequence[int], n_prefill: int) -> Iterator[Logits]:
+        """Logits of the prefill's pieces, then of each token after it."""
         if not 0 < n_prefill <= len(ids) <= self.shape.context:
             raise ValueError(
                 f"{len(ids)} tokens with a prefill of {n_prefill}: both must be at least 1, the prefill no longer than"
                 f" the text, the text no longer than the context of {self.shape.context}"
             )
-        if self._last_only:
-            raise ValueError("logits after each token take a decoder that was loaded with every_position=True")
         views = Cache(self.shape, 1, len(ids), self.dtype).rows(0, 1)
-        out_TV = np.empty((len(ids), self.shape.vocabulary), np.float32)
         starts = [*range(0, n_prefill, PREFILL_CHUNK), *range(n_prefill, len(ids))]
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-            out_TV[start:end] = self._forward(np.array([ids[start:end]]), np.array([start]), views)[0]
-        return out_TV
+            yield self._forward(np.array([ids[start:end]]), np.array([start]), views)[0]
 
     def _forward(self, ids_BT: NDArray[Any], cached_B: NDArray[Any], views: Views) -> Logits:
         """Run T new tokens of each row behind its `cached_B` tokens; logits [B, T or 1, vocabulary].
@@ -227,13 +241,13 @@ class OnnxDecoder:
             value = wrap(array)
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
-        if self._undeclared:
+        if self._unbound_logits:
             binding.bind_output("logits")
         else:
             out_BTV = np.empty((batch, 1 if self._last_only else count, self.shape.vocabulary), self.dtype)
             binding.bind_ortvalue_output("logits", wrap(out_BTV))
         self._session.run_with_iobinding(binding)
-        if self._undeclared:
+        if self._unbound_logits:
             out_BTV = binding.get_outputs()[-1].numpy()
         if not np.isfinite(out_BTV[:, -1].max()):
             raise EngineError(

@@ -39,6 +39,22 @@ def wilson(successes: int, trials: int) -> Interval:
     return Interval(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)))
 
 
+def surely_below(successes: int, trials: int, share: float) -> bool:
+    """Whether so few successes are rare where they come with probability `share`: one-sided binomial test at 2.5%.
+
+    The same as the upper bound of Clopper and Pearson's 95% interval (1934) lying below `share`.
+    """
+    misses = trials - successes
+    if not 0 < share < 1:
+        return share >= 1 and misses > 0
+    return 1 - math.fsum(_binomial(k, trials, 1 - share) for k in range(misses)) < 0.025
+
+
+def _binomial(k: int, trials: int, share: float) -> float:
+    ways = math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
+    return math.exp(ways + k * math.log(share) + (trials - k) * math.log1p(-share))
+
+
 def bootstrap_mean(per_problem: Sequence[float], seed: int = 0) -> Interval:
     """Mean over problems with a percentile bootstrap over problems (Efron 1979)."""
     values = np.asarray(per_problem, dtype=np.float64)

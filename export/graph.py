@@ -88,6 +88,7 @@ def build_variant(
     return_freed_memory()
     check_graph(part / BUILDER_GRAPH, config, scheme)
     _rewrite(part / BUILDER_GRAPH)
+    check_graph(part / BUILDER_GRAPH, config, scheme)
     for matrices in rounded:
         write_weights(part / BUILDER_GRAPH, part / f"{BUILDER_GRAPH}.data", matrices)
     place_graph(part, VARIANT_FILES[variant])

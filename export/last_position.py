@@ -2,7 +2,8 @@
 
 A head over the whole vocabulary takes a fifth of a small model's prefill, and its logits a gigabyte for a long prompt.
 Nothing behind the last attention looks at other positions, so rows are chosen there. The place of the last token comes
-from the mask: rows of a batch that are padded on the right end where their text does, not where the longest one does.
+from the mask: rows of a batch that are padded on the right end where their text does, not where the longest one does
+(attention itself takes no padding on the left).
 Comparisons need every position: they load the same file with the constant `EVERY_POSITION` set to 1.
 """
 
@@ -26,10 +27,10 @@ def keep_last_position(graph: Any) -> None:
     import onnx_ir
 
     attention = [node for node in graph if node.op_type == "GroupQueryAttention"][-1]
-    added, stream = _residual(attention)
+    readers = attention.outputs[0].uses()[0], _residual(attention)
     tape = onnx_ir.tape.Tape()
     places = _places(tape, graph)
-    for node, index in ((attention.outputs[0].uses()[0].node, 0), (added, stream)):
+    for node, index in readers:
         whole = node.inputs[index]
         kept = tape.op("GatherND", [whole, places], {"batch_dims": 1})
         kept.type = whole.type
@@ -55,23 +56,25 @@ def _residual(attention: Any) -> tuple[Any, int]:
 def _places(tape: Any, graph: Any) -> Any:
     """The positions to keep of each row; int64 [batch, kept, 1].
 
-    Of T new tokens behind a cache, S with it, the last real one of a row with n in its mask is n - 1 - (S - T).
+    Of T new tokens, the last real one of a row with n in its mask is n - 1 - (S - T), where S is the most that any row
+    has: a mask may be wider than its texts.
     """
     ids, mask = (
         next(value for value in graph.inputs if value.name == name) for name in ("input_ids", "attention_mask")
     )
     every = _initializer(graph, EVERY_POSITION, [0])
-    zero, one, minus_one = (tape.op("Constant", [], {"value_ints": [number]}) for number in (0, 1, -1))
-    new, whole = (tape.op("Shape", [of], {"start": 1, "end": 2}) for of in (ids, mask))
-    wanted = tape.op("Mul", [new, every])
-    before_last = tape.op("Sub", [tape.op("Sub", [new, whole]), one])
-    last = tape.op("Add", [tape.op("ReduceSum", [mask, one], {"keepdims": 1}), before_last])
-    # a row that has ended asks for a place before the first of its new tokens, and is not looked at
-    last = tape.op("Max", [last, tape.op("Sub", [wanted, one]), zero])
-    first = tape.op("Squeeze", [tape.op("Sub", [one, tape.op("Max", [wanted, one])])])
+    zero, one, last_axis = (tape.op("Constant", [], {"value_ints": [number]}) for number in (0, 1, -1))
+    new = tape.op("Shape", [ids], {"start": 1, "end": 2})
+    real = tape.op("ReduceSum", [mask, one], {"keepdims": 1})
+    most = tape.op("Max", [new, tape.op("ReduceMax", [real, zero], {"keepdims": 0})])
+    all_or_none = tape.op("Mul", [new, every])
+    place = tape.op("Sub", [tape.op("Add", [real, tape.op("Sub", [new, most])]), one])
+    # rows of a batch are not as far as the longest: what they are fed is one token, whose place is the first
+    place = tape.op("Max", [place, tape.op("Sub", [all_or_none, one]), zero])
+    first = tape.op("Squeeze", [tape.op("Sub", [one, tape.op("Max", [all_or_none, one])])])
     single = tape.op("Squeeze", [one])
     back = tape.op("Range", [first, single, single])
-    return tape.op("Unsqueeze", [tape.op("Max", [tape.op("Add", [last, back]), zero]), minus_one])
+    return tape.op("Unsqueeze", [tape.op("Add", [place, back]), last_axis])
 
 
 def _initializer(graph: Any, name: str, numbers: list[int]) -> Any:

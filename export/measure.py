@@ -104,6 +104,8 @@ def measure(
 ) -> Measured:
     """Structure, parity on whole texts and on cached steps, and for fp32 greedy text, as gates.
 
+    Whole texts are read after every token; for steps and text the graph is loaded as it ships.
+
     With `give_up` a variant that loses `HOPELESS` times its limit on the first texts is measured no further. Raises
     ExportError for weights that are zero or logits that are not finite, EngineError for a graph that does not load.
     """
@@ -119,9 +121,11 @@ def measure(
             return Measured([*gates, *parity_gates(variant, first, limits)], hopeless=True)
     parity = compare_texts(decoder, student, texts.documents)
     gates += parity_gates(variant, parity, limits)
-    gates += decode_gates(variant, compare_steps(decoder, student, texts.documents, limits.decode_steps), limits)
+    del decoder
+    shipped = OnnxDecoder(artifact, threads, variant=variant)
+    gates += decode_gates(variant, compare_steps(shipped, student, texts.documents, limits.decode_steps), limits)
     if variant == "fp32":
-        gates.append(greedy_gate(variant, compare_decoding(decoder, student, texts.prompts, limits)))
+        gates.append(greedy_gate(variant, compare_decoding(shipped, student, texts.prompts, limits)))
     say(
         f"export: {variant}: mean KL {parity.mean_kl:.2g} nats, top-1 {parity.top1_agreement:.2%} of"
         f" {parity.positions}, perplexity {parity.perplexity_ratio:.4f} of the student's"
@@ -146,7 +150,7 @@ def compare_steps(decoder: OnnxDecoder, student: TorchStudent, texts: Sequence[T
         (student.logits(text.ids)[row.start : row.stop] for text, row in zip(chosen, rows, strict=True)),
         # the first of them is predicted by the prefill, the others by steps
         (
-            decoder.cached_decode_logits(text.ids[: row.stop], row.start + 1)[row.start :]
+            decoder.cached_decode_logits(text.ids[: row.stop], row.start + 1)
             for text, row in zip(chosen, rows, strict=True)
         ),
         (text.ids[row.start + 1 : row.stop + 1] for text, row in zip(chosen, rows, strict=True)),
@@ -176,6 +180,6 @@ def cases(student: TorchStudent, texts: Texts, count: int) -> list[Case]:
         if prompt is not None and len(found) < count:
             compared = text.compared[:PLACES]
             top1 = student.logits(text.ids)[compared].argmax(-1).tolist()
-            document = text.ids[: compared.stop + 1]
+            document = text.ids[: compared.stop]
             found.append(Case(prompt.messages, prompt.rendered, prompt.ids, document, compared, top1))
     return found

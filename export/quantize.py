@@ -62,7 +62,7 @@ class Rounded(NamedTuple):
 
     grid: Grid
     integers_NK: Tensor
-    """As floats."""
+    """As floats, or as bytes."""
 
     @property
     def values(self) -> Tensor:
@@ -112,14 +112,17 @@ def best_grid(weights_NK: Tensor, importance_K: Tensor, bits: int, block_size: i
 
 def nearest(weights_NK: Tensor, bits: int, block_size: int) -> Rounded:
     """Round a matrix to the nearest values of its best grids, `ROWS_AT_ONCE` rows at a time."""
-    parts = []
-    for rows in weights_NK.split(ROWS_AT_ONCE):
-        grid = best_grid(rows, torch.ones(rows.shape[1]), bits, block_size)
-        wide = grid.scales_NB[..., None], grid.zeros_NB[..., None]
-        integers = _integers(rows.reshape(len(rows), -1, block_size), *wide, bits)
-        parts.append(Rounded(grid, integers.reshape(rows.shape)))
-    scales, zeros = (torch.cat([getattr(part.grid, name) for part in parts]) for name in ("scales_NB", "zeros_NB"))
-    return Rounded(Grid(bits, block_size, scales, zeros), torch.cat([part.integers_NK for part in parts]))
+    outputs, inputs = weights_NK.shape
+    integers_NK = torch.empty(outputs, inputs, dtype=torch.uint8)
+    grids = []
+    for start in range(0, outputs, ROWS_AT_ONCE):
+        rows = weights_NK[start : start + ROWS_AT_ONCE]
+        grids.append(best_grid(rows, torch.ones(inputs), bits, block_size))
+        wide = grids[-1].scales_NB[..., None], grids[-1].zeros_NB[..., None]
+        blocks_NBW = rows.reshape(len(rows), -1, block_size)
+        integers_NK[start : start + len(rows)] = _integers(blocks_NBW, *wide, bits).reshape(rows.shape)
+    scales, zeros = (torch.cat([getattr(grid, name) for grid in grids]) for name in ("scales_NB", "zeros_NB"))
+    return Rounded(Grid(bits, block_size, scales, zeros), integers_NK)
 
 
 def _kept_shares() -> list[tuple[float, float]]:

@@ -5,7 +5,9 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill import models
 from distill.errors import ModelError
 from distill.models import (
     ModelSource,
@@ -305,6 +308,27 @@ def test_an_embedding_that_a_gguf_file_stores_again_as_its_head_is_one_table(
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
     kept = gguf.dequantize(gguf.quantize(head, types["output"]), types["output"])
     assert np.array_equal(model.lm_head.weight.detach().numpy(), kept)
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("F32", True), ("F16", True), ("Q2_K", False)])
+def test_stored_whole_or_too_coarsely_a_head_is_the_embedding_where_they_are_equal(
+    kind: str, tied: bool, tmp_path: Path
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    values = np.random.default_rng(0).standard_normal((130, 100 if tied else 256)).astype(np.float32)
+    type_of = gguf.GGMLQuantizationType[kind]
+    stored = np.zeros((130, 84), np.uint8) if kind == "Q2_K" else values.astype(np.float16 if kind == "F16" else "f4")
+    tensor = SimpleNamespace(shape=[values.shape[1], 130], data=stored, tensor_type=type_of)
+    assert models._rounded_alike(tensor, tensor) is tied
+    other = SimpleNamespace(**vars(tensor) | {"data": stored[::-1]})
+    assert not models._rounded_alike(tensor, other)
+
+
+def test_a_machine_without_glibc_gives_memory_back_as_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    for raised in (OSError, AttributeError, TypeError):
+        monkeypatch.setattr("ctypes.CDLL", Mock(side_effect=raised))
+        models.return_freed_memory()
+        models.keep_freed_memory()
 
 
 def test_who_loads_a_gguf_file_twice_gets_what_nobody_else_changes_and_a_changed_file_is_read_anew(

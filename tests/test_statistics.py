@@ -1,6 +1,7 @@
 """Intervals against published tables, exact distributions and analytic cases."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from distill.statistics import (
     bootstrap_mean,
     paired_difference,
     retained_share,
+    surely_below,
     wilson,
 )
 
@@ -152,3 +154,17 @@ def test_a_retained_share_pairs_its_resamples_by_problem() -> None:
     gains = [float(k % 5) for k in range(40)]
     found = retained_share([0.0] * 40, gains, [gain / 2 for gain in gains])
     assert found == pytest.approx((0.5, 0.5, 0.5))
+
+
+@given(st.integers(1, 60), st.data())
+def test_surely_below_is_the_exact_binomial_test(trials: int, data: st.DataObject) -> None:
+    successes, percent = data.draw(st.integers(0, trials)), data.draw(st.integers(1, 99))
+    share = Fraction(percent, 100)
+    at_most = sum(math.comb(trials, k) * share**k * (1 - share) ** (trials - k) for k in range(successes + 1))
+    if abs(at_most - Fraction(25, 1000)) > Fraction(1, 10**9):
+        assert surely_below(successes, trials, float(share)) is (at_most < Fraction(25, 1000))
+
+
+def test_surely_below_takes_many_trials_and_certainty() -> None:
+    assert not surely_below(96_900, 100_000, 0.97) and surely_below(96_500, 100_000, 0.97)
+    assert surely_below(9, 10, 1.0) and not surely_below(10, 10, 1.0) and not surely_below(0, 10, 0.0)

@@ -548,7 +548,8 @@ def test_a_pool_takes_no_more_workers_than_this_process_has_cores() -> None:
 
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background has it ignored
 from distill.records import Message, Prompt, Teacher, Trace
 from distill.verifiers.pool import VerifierPool
 

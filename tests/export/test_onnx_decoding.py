@@ -12,8 +12,9 @@ import pytest
 
 from distill.artifact import VARIANT_FILES, data_file, locate
 from distill.errors import ArtifactError, EngineError
+from distill.export.graph import build_variant
 from distill.onnx_batching import PREFILL_CHUNK, Cache, choose, nucleus
-from distill.onnx_decoding import GenaiDecoder, OnnxDecoder, read_shape
+from distill.onnx_decoding import EVERY_POSITION, GenaiDecoder, OnnxDecoder, read_shape
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 LENGTHS = (5, 300, 17, 1, 44, 257, 9)
@@ -57,10 +58,15 @@ def test_fp32_logits_are_torchs_on_prefill_and_on_cached_steps(
     decoder = OnnxDecoder(exported(family, "fp32", tied=tied), threads=2, every_position=True)
     scale = np.abs(expected).max()
     assert scale > 1
-    for found in (decoder.logits(ids), decoder.cached_decode_logits(ids, len(ids) - 40)):
-        assert found.shape == expected.shape
-        assert found.dtype == np.float32
-        assert np.abs(found - expected).max() < 1e-5 * scale
+    shipped = OnnxDecoder(exported(family, "fp32", tied=tied), threads=2)
+    for found, wanted in (
+        (decoder.logits(ids), expected),
+        (decoder.cached_decode_logits(ids, len(ids) - 40), expected[-41:]),
+        (shipped.cached_decode_logits(ids, len(ids) - 40), expected[-41:]),
+        (shipped.cached_decode_logits(ids, len(ids)), expected[-1:]),
+    ):
+        assert found.shape == wanted.shape and found.dtype == np.float32
+        assert np.abs(found - wanted).max() < 1e-5 * scale
 
 
 def test_a_bf16_checkpoint_is_exported_at_its_own_values(
@@ -89,6 +95,7 @@ def test_cached_steps_give_a_quantized_variant_the_same_logits_as_its_prefill(ex
     decoder = OnnxDecoder(exported(variant="int8"), threads=2, every_position=True)
     ids = some_ids(64)
     whole, stepwise = decoder.logits(ids), decoder.cached_decode_logits(ids, 1)
+    assert stepwise.shape == whole.shape
     # not to fp32's precision: where the two differ by a rounding, an activation may fall on the other int8 step
     assert np.abs(whole - stepwise).max() < 1e-2 * np.abs(whole).max()
     assert np.median(np.abs(whole - stepwise)) < 1e-6 * np.abs(whole).max()
@@ -103,10 +110,30 @@ def test_logits_of_a_text_that_cannot_be_run_are_refused(
         decoder.cached_decode_logits(some_ids(length), prefill)
 
 
-def test_a_graph_as_it_ships_has_the_last_logits_alone_and_says_so(exported: Callable[..., Path]) -> None:
-    decoder = OnnxDecoder(exported(), threads=1)
+def test_a_graph_as_it_ships_has_the_last_logits_alone_and_says_so(
+    exported: Callable[..., Path], tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="every_position=True"):
-        decoder.logits(some_ids(5))
+        OnnxDecoder(exported(), threads=1).logits(some_ids(5))
+    # a graph of another maker, which has no such switch
+    folder = Path(shutil.copytree(exported(), tmp_path / "copy"))
+    path = folder / VARIANT_FILES["fp32"]
+    path.write_bytes(path.read_bytes().replace(EVERY_POSITION.encode(), b"very_position_"))
+    with pytest.raises(EngineError, match="after the last token alone"):
+        OnnxDecoder(folder, threads=1, every_position=True).logits(some_ids(5))
+
+
+def test_a_graph_that_has_always_given_all_logits_still_does(
+    student: Callable[..., Path], exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.export.graph.keep_last_position", lambda graph: None)
+    build_variant(student(), "fp32", tmp_path / "older")
+    ids = some_ids(50)
+    expected = OnnxDecoder(exported(), threads=1, every_position=True).logits(ids)
+    for every in (False, True):
+        older = OnnxDecoder(tmp_path / "older", threads=1, every_position=every)
+        assert np.abs(older.logits(ids) - expected).max() < 1e-5 * np.abs(expected).max()
+    assert older.generate(PROMPTS, 12) == OnnxDecoder(exported(), threads=1).generate(PROMPTS, 12)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

@@ -214,16 +214,17 @@ CASE = Case([], "p", [1, 2], [1, 2, 3, 4], range(1, 4), [3, 4, 9])
 
 
 def test_top1_fails_where_it_is_surely_below_the_limit_and_says_where_that_is_not_sure() -> None:
-    def gate(agreed: int, places: int) -> GateEntry:
+    def gate(agreed: int, places: int, limit: float = 0.97) -> GateEntry:
         case = CASE._replace(compared=range(places), top1=[1] * places)
         answer = Answer("p", [1], [1] * agreed + [0] * (places - agreed), [])
-        return top1_gate("node", "4", "int8", [case], [answer], 0.97)
+        return top1_gate("node", "4", "int8", [case], [answer], limit)
 
     few, surely, enough = gate(123, 130), gate(1230, 1300), gate(1290, 1300)
-    assert few.status == "passed" and few.value == pytest.approx(123 / 130) and "too few positions" in few.detail
+    assert few.status == "passed" and few.value == pytest.approx(123 / 130) and "no surprise" in few.detail
     assert surely.status == "failed" and surely.value == few.value
-    assert enough.status == "passed" and "too few" not in enough.detail
+    assert enough.status == "passed" and "no surprise" not in enough.detail
     assert gate(110, 130).status == "failed"  # a graph that is wrongly read is found on a few positions too
+    assert gate(127, 128, 0.999).status == "passed" and gate(125, 128, 0.999).status == "failed"
     assert top1_gate("node", "4", "int8", [], [], 0.6).status == "not_run"
 
 
