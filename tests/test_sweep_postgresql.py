@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,13 +37,17 @@ class Server(NamedTuple):
 
 
 @pytest.fixture
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def folder() -> Iterator[Path]:
+    """A folder that another account can reach, which those below pytest's own are not."""
+    with tempfile.TemporaryDirectory(prefix="postgresql-") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[Server]:
     """A new PostgreSQL server on loopback that wants a password."""
-    folder = tmp_path_factory.mktemp("postgresql")
     account = "postgres" if os.geteuid() == 0 else None  # the server refuses to run as root
     if account:
-        for above in folder.parents[:2]:
-            above.chmod(0o755)
         shutil.chown(folder, account)
     (folder / "password").write_text(PASSWORD)
     (folder / "password").chmod(0o644)
