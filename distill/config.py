@@ -1199,7 +1199,7 @@ class Gates(Section):
     decode_steps: int = Field(default=64, gt=0)
     """Tokens fed one by one through the cache, on which logits are compared too."""
     greedy_prompts: int = Field(default=32, gt=0)
-    """Prompts whose greedy continuation in fp32 must equal torch's."""
+    """Prompts whose greedy continuation in fp32 must equal torch's; begun answers stand in where there are fewer."""
     greedy_tokens: int = Field(default=64, gt=0)
     """New tokens compared for each of them."""
     max_kl: dict[Variant, float] = {"fp32": 1e-4, "fp16": 1e-3, "int8": 0.01, "int4": 0.05, "q4f16": 0.05}

@@ -5,6 +5,7 @@ Everything runs on the CPU provider; what needs another device is a gate that wa
 
 import copy
 import gc
+import itertools
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from distill.progress import say
 from .gates import decode_gates, greedy_gate, parity_gates, provider_gate, structure_gate
 from .graph import check_weights
 from .manifest import GateEntry
-from .parity import Parity, compare_greedy, compare_logits, greedy_from_logits
+from .parity import GreedyParity, Parity, compare_greedy, compare_logits, greedy_from_logits
 from .runtimes import Case
 from .texts import Text, Texts, until
 
@@ -125,7 +126,7 @@ def measure(
     shipped = OnnxDecoder(artifact, threads, variant=variant)
     gates += decode_gates(variant, compare_steps(shipped, student, texts.documents, limits.decode_steps), limits)
     if variant == "fp32":
-        gates.append(greedy_gate(variant, compare_decoding(shipped, student, texts.prompts, limits)))
+        gates.append(greedy_gate(variant, compare_decoding(shipped, student, texts, limits)))
     say(
         f"export: {variant}: mean KL {parity.mean_kl:.2g} nats, top-1 {parity.top1_agreement:.2%} of"
         f" {parity.positions}, perplexity {parity.perplexity_ratio:.4f} of the student's"
@@ -157,9 +158,13 @@ def compare_steps(decoder: OnnxDecoder, student: TorchStudent, texts: Sequence[T
     )
 
 
-def compare_decoding(decoder: OnnxDecoder, student: TorchStudent, prompts: Sequence[list[int]], limits: Gates) -> Any:
-    """Greedy text of the variant through its cache, against what torch would have written along it."""
-    chosen = list(prompts[: limits.greedy_prompts])
+def compare_decoding(decoder: OnnxDecoder, student: TorchStudent, texts: Texts, limits: Gates) -> GreedyParity:
+    """Greedy text of the variant through its cache, against what torch would have written along it.
+
+    It follows prompts, and where there are fewer than are asked for also the first halves of answers.
+    """
+    halves = (text.ids[: (text.compared.start + text.compared.stop) // 2 + 1] for text in texts.documents)
+    chosen = list(itertools.islice(itertools.chain(texts.prompts, halves), limits.greedy_prompts))
     written = decoder.generate(chosen, limits.greedy_tokens)
     expected = [
         greedy_from_logits(student.logits([*prompt, *tokens]), len(prompt))

@@ -38,7 +38,7 @@ def exported_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     # a model without training are too few to hold its top-1 against a limit
     export: dict[str, Any] = {"model": request.param, "variants": ["fp32", "int8", "int4"], "runtimes": []}
     if request.param != SMOLLM2:  # half a billion weights on one thread: fewer tokens, and no rungs that a base misses
-        export["gates"] = {"parity_tokens": 1024, "greedy_prompts": 16}
+        export["gates"] = {"parity_tokens": 1024}
         export["four_bits"] = {"method": "gptq", "head_bits": 8, "calibration_tokens": 6144}
     recipe = recipe_from({"name": "real", "export": export})
     outcome = distill.export_model(recipe, runs=tmp_path_factory.mktemp("runs"), quiet=True)
