@@ -276,8 +276,8 @@ def _rounded_alike(embedding: Any, head: Any) -> bool:
     """Whether two tensors of a GGUF file are one matrix, the head in as many bits or more, as quantizers store it.
 
     Each value of the embedding must be within a step of its grid from the head's: rounding, or being clipped at an end
-    of a block's range, moves none further. A head that was trained apart is further off; in fewer than four bits it
-    could not be told from one that was not, and is taken for such a one. Every `ROWS_APART`-th row is read.
+    of a block's range, moves none further. A head that was trained apart is further off. In fewer than four bits
+    the two could not be told apart, and embedding and head stay as they are. Every `ROWS_APART`-th row is read.
     """
     import gguf
     import numpy as np

@@ -146,6 +146,11 @@ def test_a_large_matrix_is_rounded_in_pieces_as_it_is_in_one(monkeypatch: pytest
     pieces = quantize.nearest(weights, 8, 32)
     assert torch.equal(whole.values, pieces.values) and torch.equal(whole.values, nearest(weights, whole.grid))
     assert (whole.values - weights).abs().max() < 0.51 * whole.grid.scales_NB.max()
+    blocks = weights.reshape(-1, 32)
+    step = (blocks.amax(-1) - blocks.amin(-1)) / 255
+    assert (
+        whole.values - weights
+    ).square().mean() < 1.1 * step.square().mean() / 12  # no coarser grid than its bits give
 
 
 def test_later_layers_make_up_for_what_earlier_ones_lose(monkeypatch: pytest.MonkeyPatch) -> None:
