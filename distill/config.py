@@ -1606,6 +1606,10 @@ def _explain(kind: type[Section], at: Keys, problem: Mapping[str, Any]) -> str:
         return f"{key} is {given!r}; choose {problem['ctx']['expected']}{hint}"
     if problem["type"] == "union_tag_invalid":
         return f"{key}.kind is {problem['ctx']['tag']!r}; choose one of {problem['ctx']['expected_tags']}"
+    if problem["type"] == "union_tag_not_found":
+        near = difflib.get_close_matches("kind", map(str, given) if isinstance(given, Mapping) else (), n=1)
+        hint = f" (is {near[0]!r} meant to be it?)" if near else ""
+        return f"{key}.kind is missing{hint}; choose one of {', '.join(repr(tag) for tag in TAGS if ':' not in tag)}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message

@@ -74,6 +74,13 @@ def test_an_unknown_key_inside_a_phase_lists_what_a_phase_takes(tmp_path: Path) 
     assert "learning_rate" in message and "lr" in message and "warmup_ratio" in message
 
 
+@pytest.mark.parametrize(("key", "hint"), [("knd", "is 'knd' meant to be it?"), ("lr", "is missing;")])
+def test_a_phase_without_its_kind_is_told_the_kinds(tmp_path: Path, key: str, hint: str) -> None:
+    text = json.dumps({**SMALL, "student": {"init": "a/b", "phases": [{key: "sft"}]}})
+    message = message_of(recipe_text(tmp_path, text))
+    assert "student.phases.0.kind is missing" in message and hint in message and "'sft', 'kd', 'on_policy'" in message
+
+
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
